@@ -1,0 +1,26 @@
+PYTHON ?= python3
+PY = $(shell $(PYTHON) tools/setup_env.py --print-python)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint clean-demo
+
+help:  ## Show these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup:  ## Install what is missing, into the active environment if it has torch, else into .venv
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup  ## Train and test a classifier, a detector and a segmenter on the embedded data set
+	@"$(PY)" tools/demo.py
+
+test: setup  ## Run the whole test suite
+	@"$(PY)" -m pytest tests -q --durations=15
+
+test-fast: setup  ## Run the tests that take seconds
+	@"$(PY)" -m pytest tests -q --durations=15 -m "not slow"
+
+lint: setup  ## Check style and formatting of every tracked file
+	@PATH="$$(dirname "$(PY)"):$$PATH" "$(PY)" -m pre_commit run --all-files
+
+clean-demo:  ## Remove the demo's data and results, to start it over
+	rm -rf work_dirs/demo data/photo_digits

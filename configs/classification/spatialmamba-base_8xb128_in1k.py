@@ -1,0 +1,3 @@
+_base_ = './spatialmamba-tiny_8xb128_in1k.py'
+
+model = dict(backbone=dict(arch='base', drop_path_rate=0.5), head=dict(in_channels=768))

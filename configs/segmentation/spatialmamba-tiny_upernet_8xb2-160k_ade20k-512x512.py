@@ -1,0 +1,16 @@
+_base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+
+custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+checkpoint_file = None
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='SpatialMamba',
+        arch='tiny',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file),
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)

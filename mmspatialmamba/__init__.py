@@ -1,0 +1,15 @@
+from importlib.util import find_spec
+
+from .version import __version__
+
+if find_spec('mmengine') is not None:
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    from . import models  # noqa: F401
+    from .engine.safe_globals import allow_training_checkpoints
+
+    # mmengine resolves `_base_ = 'mmspatialmamba::...'` only for the packages in this table.
+    MODULE2PACKAGE.setdefault('mmspatialmamba', 'mmspatialmamba')
+    allow_training_checkpoints()
+
+__all__ = ['__version__']

@@ -1,0 +1,250 @@
+"""Run the train and test scripts of mmdet, mmseg and mmpretrain, each with its own configs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import get_device
+from yaml import YAMLError
+
+PIP_NAMES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+USAGE = {
+    'train': 'python tools/train.py CONFIG [options]',
+    'test': 'python tools/test.py CONFIG CHECKPOINT [options]',
+}
+# What evaluating a config's Python, JSON or YAML raises when the config is at fault.
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    YAMLError,
+)
+
+
+class LaunchError(Exception):
+    """A mistake of the caller's, told in one line."""
+
+
+def load_config(path: str) -> Config:
+    """Read a config and do its ``custom_imports``.
+
+    Args:
+        path (str): The config file.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        LaunchError: If the file does not exist or cannot be read as a config.
+    """
+    if not Path(path).is_file():
+        raise LaunchError(f'there is no config file {path} (working directory: {Path.cwd()})')
+    try:
+        return Config.fromfile(path)
+    except CONFIG_ERRORS as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        cause = error.__context__
+        if isinstance(error, ImportError) and cause is not None:
+            reason += f' ({" ".join(str(cause).split())})'
+        raise LaunchError(f'cannot read config {path}: {reason}') from error
+
+
+def find_script(scope: str | None, task: str, config: str) -> Path:
+    """Find the script that a library installs for its own users.
+
+    Args:
+        scope (str, optional): The config's ``default_scope``.
+        task (str): 'train' or 'test'.
+        config (str): The config file, for the messages.
+
+    Returns:
+        Path: The script.
+
+    Raises:
+        LaunchError: If the scope is missing or not one of the three libraries, or if the library
+            or its script is not installed.
+    """
+    choice = ', '.join(PIP_NAMES)
+    if scope is None:
+        raise LaunchError(f'config {config} sets no default_scope: set it to one of {choice}')
+    if scope not in PIP_NAMES:
+        raise LaunchError(f'config {config} has default_scope {scope!r}: it must be one of {choice}')
+    spec = importlib.util.find_spec(scope)
+    if spec is None or spec.origin is None:
+        raise LaunchError(
+            f'config {config} needs {scope}, which is not installed: run "pip install {PIP_NAMES[scope]}"'
+        )
+    script = Path(spec.origin).parent / '.mim' / 'tools' / f'{task}.py'
+    if not script.is_file():
+        raise LaunchError(
+            f'the installed {scope} lacks its script {script}: '
+            f'run "pip install --force-reinstall --no-deps {PIP_NAMES[scope]}"'
+        )
+    return script
+
+
+def check_checkpoints(args: Namespace) -> None:
+    """Check that a checkpoint named by a local path exists.
+
+    Args:
+        args (Namespace): What the library's script parsed.
+
+    Raises:
+        LaunchError: If it does not.
+    """
+    resume = getattr(args, 'resume', None)
+    for path in (getattr(args, 'checkpoint', None), None if resume == 'auto' else resume):
+        if isinstance(path, str) and '://' not in path and not Path(path).is_file():
+            raise LaunchError(f'there is no checkpoint {path} (working directory: {Path.cwd()})')
+
+
+def _sync_bn_keys(node: object, prefix: str = '') -> Iterator[str]:
+    """Yield the dotted key of every ``type='SyncBN'`` in a config."""
+    items: list[tuple] = []
+    if isinstance(node, dict):
+        items = list(node.items())
+        if node.get('type') == 'SyncBN':
+            yield f'{prefix}type'
+    elif isinstance(node, (list, tuple)):
+        items = list(enumerate(node))
+    for key, value in items:
+        yield from _sync_bn_keys(value, f'{prefix}{key}.')
+
+
+def cpu_options(cfg: Config, tta: bool = False) -> list[str]:
+    """List the overrides that a config needs to run as several processes without a GPU.
+
+    mmengine hands ``device_ids`` to DistributedDataParallel, which takes none on the CPU, unless
+    ``model_wrapper_cfg`` says otherwise, and refuses SyncBN there.
+
+    Args:
+        cfg (Config): The config, with the caller's own overrides merged. What it says of
+            ``model_wrapper_cfg`` is kept.
+        tta (bool): Whether the script is to test with test-time augmentation. Defaults to False.
+
+    Returns:
+        list[str]: Values for ``--cfg-options``.
+    """
+    wrapper = cfg.get('model_wrapper_cfg')
+    wanted = {'type': 'MMDistributedDataParallel', 'device_ids': None}
+    if wrapper is None:
+        # With a model_wrapper_cfg, mmengine no longer looks at these.
+        wanted['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
+        wanted['broadcast_buffers'] = False
+        wrapper = {}
+    elif wrapper.get('type', wanted['type']) != wanted['type']:
+        wanted = {}
+    options = [f'model_wrapper_cfg.{k}={v}' for k, v in wanted.items() if k not in wrapper]
+    keys = list(_sync_bn_keys(cfg.to_dict()))
+    if tta and cfg.default_scope == 'mmpretrain':
+        # Of the three, only mmpretrain's script wraps the model before it merges the options.
+        keys = [re.sub(r'^model\.', 'model.module.', key) for key in keys]
+    options += [f'{key}=BN' for key in keys]
+    if cfg.get('sync_bn') is not None:
+        options.append('sync_bn=None')
+    return options
+
+
+def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
+    """Join the group of CPU processes, over gloo.
+
+    mmengine's launchers need a GPU, but its Runner uses a process group that exists already.
+
+    Args:
+        cfg (Config): The config.
+        args (Namespace): What the library's script parsed.
+        task (str): 'train' or 'test'.
+
+    Returns:
+        list[str]: The arguments to add to the script's.
+
+    Raises:
+        LaunchError: If the processes were not started by torchrun.
+    """
+    if args.launcher != 'pytorch':
+        raise LaunchError(
+            f'--launcher {args.launcher} needs a GPU and this machine has none: '
+            f'for CPU processes use tools/dist_{task}.sh'
+        )
+    if 'RANK' not in os.environ:
+        raise LaunchError(f'--launcher pytorch needs processes started by torchrun: use tools/dist_{task}.sh')
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    options = cpu_options(cfg, getattr(args, 'tta', False))
+    timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+    dist.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
+    if dist.get_rank() == 0:
+        print(
+            f'No GPU: {dist.get_world_size()} CPU processes over gloo, with --cfg-options {" ".join(options)}',
+            flush=True,
+        )
+    return ['--cfg-options', *options] if options else []
+
+
+def launch(task: str, argv: list[str]) -> None:
+    """Run a library's own script in this process, with the same arguments.
+
+    Args:
+        task (str): 'train' or 'test'.
+        argv (list[str]): The config, then whatever the library's script takes.
+
+    Raises:
+        LaunchError: If the arguments name something that is not there.
+    """
+    if argv and argv[0] in ('-h', '--help'):
+        print(
+            f'usage: {USAGE[task]}\n\nRuns the {task} script of {", ".join(PIP_NAMES)}: the one '
+            f"that the config's default_scope names,\nwith all its options. To list them:\n\n"
+            f'    python tools/{task}.py CONFIG --help'
+        )
+        return
+    if not argv or argv[0].startswith('-'):
+        raise LaunchError(f'the config must be the first argument: {USAGE[task]}')
+    cfg = load_config(argv[0])
+    script = str(find_script(cfg.get('default_scope'), task, argv[0]))
+    sys.argv = [script, *argv]
+    args = runpy.run_path(script)['parse_args']()
+    check_checkpoints(args)
+    if args.launcher != 'none' and get_device() == 'cpu':
+        sys.argv += start_cpu_process(cfg, args, task)
+        try:
+            runpy.run_path(script, run_name='__main__')
+        finally:
+            dist.destroy_process_group()
+    else:
+        runpy.run_path(script, run_name='__main__')
+
+
+def main(task: str) -> int:
+    """Run ``tools/train.py`` or ``tools/test.py``.
+
+    Args:
+        task (str): 'train' or 'test'.
+
+    Returns:
+        int: The exit status: 0, or 2 after a mistake in the arguments.
+    """
+    try:
+        launch(task, sys.argv[1:])
+    except LaunchError as error:
+        print(f'{task}.py: {error}', file=sys.stderr)
+        return 2
+    return 0

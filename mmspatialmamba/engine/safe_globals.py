@@ -1,0 +1,69 @@
+"""Let ``torch.load`` read the training checkpoints mmengine writes, with ``weights_only`` on."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+
+_METHODS = {
+    HistoryBuffer: ('min', 'max', 'current', 'mean'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
+
+
+def _stored_method(owner: type, name: str):
+    """Stand in for ``getattr`` in a checkpoint: look up the few methods mmengine stores, no others.
+
+    Args:
+        owner (type): The class the checkpoint names.
+        name (str): The attribute the checkpoint names.
+
+    Returns:
+        Callable: The function ``owner.name``.
+
+    Raises:
+        pickle.UnpicklingError: If mmengine stores no such method in its checkpoints.
+    """
+    for cls, names in _METHODS.items():
+        if owner is cls and name in names:
+            return getattr(cls, name)
+    raise pickle.UnpicklingError(
+        f'the checkpoint asks for attribute {name!r} of {owner!r}, which no mmengine checkpoint '
+        'holds: load it only if you trust its author, by torch.load(..., weights_only=False)'
+    )
+
+
+def allow_training_checkpoints() -> None:
+    """Allow-list what mmengine's training checkpoints hold besides tensors and plain containers.
+
+    Since torch 2.6 ``torch.load`` refuses every class it does not know. The training state that
+    mmengine saves has log histories (``HistoryBuffer``: float64 and int64 arrays, and its own
+    statistics methods), NumPy scalars (the ETA; a best score, float32 from mmseg's mIoU) and the
+    annealing function of a one-cycle schedule. Exactly these are added, under NumPy 1's and
+    NumPy 2's module names; ``getattr``, by which pickle refers to a method, is replaced with a
+    look-up limited to those methods. Does nothing on torch older than 2.6, which loads them all.
+
+    Security: ``HistoryBuffer.__setstate__`` stores the callables it is given as statistics methods
+    of the whole process, so a forged file can spoil logged statistics; but each of those callables
+    is itself limited to this list and torch's own, so it cannot run code.
+    """
+    if torch.__version__ < (2, 6):
+        return
+    reconstruct, scalar = np.array(0.0).__reduce__()[0], np.float64(0.0).__reduce__()[0]
+    torch.serialization.add_safe_globals(
+        [
+            *_METHODS,
+            (_stored_method, 'builtins.getattr'),
+            (reconstruct, 'numpy.core.multiarray._reconstruct'),
+            (reconstruct, 'numpy._core.multiarray._reconstruct'),
+            (scalar, 'numpy.core.multiarray.scalar'),
+            (scalar, 'numpy._core.multiarray.scalar'),
+            np.ndarray,
+            np.dtype,
+            *(type(np.dtype(name)) for name in ('float32', 'float64', 'int64')),
+        ]
+    )

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmspatialmamba.registry import register_model
+
+from ..layers import Downsample, SpatialMambaBlock, Stem
+from ..utils import from_upstream, is_upstream
+
+
+@register_model
+class SpatialMamba(BaseModule):
+    """Spatial-Mamba backbone.
+
+    A PyTorch implementation of `Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion
+    <https://arxiv.org/abs/2410.15091>`_ (ICLR 2025).
+
+    Each stage's output is normalised by a LayerNorm of its own. State dicts with the original release's names load as
+    they are: the backbone renames them while it loads.
+
+    Args:
+        arch (str | dict): If a string, one of ``SpatialMamba.arch_settings``: 'tiny', 'small' or 'base'. If a dict, it
+            has these two keys:
+
+            - embed_dims (int): Even number of channels of the first stage; it doubles from stage to stage.
+            - depths (Sequence[int]): Number of blocks of each stage.
+
+            Defaults to 'tiny'.
+        in_channels (int): Number of image channels. Defaults to 3.
+        out_indices (Sequence[int] | int): Stages whose outputs are returned; negative ones count from the last. Stages
+            after the last of them are not run and not trained. Defaults to (0, 1, 2, 3).
+        drop_path_rate (float): Stochastic depth rate of the last block; it grows linearly from 0 over all blocks.
+            Defaults to 0.2.
+        norm_cfg (dict): Config of the normalisation in stem and downsampling layers. Defaults to ``dict(type='BN')``.
+        frozen_stages (int): -1 freezes nothing, 0 the stem, n the stem and the first n stages, each with the
+            downsampling layer that follows it and its output norm. Defaults to -1.
+        norm_eval (bool): Whether BatchNorm layers stay in evaluation mode while training. Defaults to False.
+        with_cp (bool): Whether to recompute each block in the backward pass, which saves memory and costs time.
+            Defaults to False.
+        init_cfg (dict | list[dict], optional): Initialization config.
+            ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights, and with ``checkpoint=None`` it is the same as None: random weights. Defaults to None.
+
+    Raises:
+        ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist.
+
+    Examples:
+        >>> import torch
+        >>> from mmspatialmamba.models import SpatialMamba
+        >>> backbone = SpatialMamba(arch='tiny').eval()
+        >>> for output in backbone(torch.rand(1, 3, 64, 96)):
+        ...     print(tuple(output.shape))
+        (1, 64, 16, 24)
+        (1, 128, 8, 12)
+        (1, 256, 4, 6)
+        (1, 512, 2, 3)
+    """
+
+    arch_settings = {
+        'tiny': {'embed_dims': 64, 'depths': (2, 4, 8, 4)},
+        'small': {'embed_dims': 64, 'depths': (2, 4, 21, 5)},
+        'base': {'embed_dims': 96, 'depths': (2, 4, 21, 5)},
+    }
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] | int = (0, 1, 2, 3),
+        drop_path_rate: float = 0.2,
+        norm_cfg: dict = dict(type='BN'),  # noqa: B006
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        if isinstance(init_cfg, dict) and init_cfg.get('checkpoint', '') is None:
+            init_cfg = None
+        super().__init__(init_cfg=init_cfg)
+        embed_dims, self.depths = self._parse_arch(arch)
+        self.num_stages = len(self.depths)
+        self.out_channels = tuple(embed_dims * 2**i for i in range(self.num_stages))
+        self.out_indices = self._parse_out_indices(out_indices)
+        if not -1 <= frozen_stages <= self.num_stages:
+            raise ValueError(f'SpatialMamba: frozen_stages must be -1 to {self.num_stages}, but is {frozen_stages}')
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        self.stem = Stem(in_channels, embed_dims, norm_cfg)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(SpatialMambaBlock(channels, next(rates), with_cp) for _ in range(depth)))
+            for channels, depth in zip(self.out_channels, self.depths)
+        )
+        self.downsamples = nn.ModuleList(Downsample(channels, norm_cfg) for channels in self.out_channels[:-1])
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+
+        self._register_load_state_dict_pre_hook(self._rename_keys)
+        self._freeze()
+
+    @classmethod
+    def _parse_arch(cls, arch):
+        if isinstance(arch, str):
+            if arch not in cls.arch_settings:
+                known = ', '.join(map(repr, cls.arch_settings))
+                raise ValueError(f'SpatialMamba: arch must be one of {known} or a dict, but is {arch!r}')
+            arch = cls.arch_settings[arch]
+        if set(arch) != {'embed_dims', 'depths'}:
+            raise ValueError(
+                f"SpatialMamba: an arch dict has the keys 'embed_dims' and 'depths', but this has {sorted(arch)}"
+            )
+        if arch['embed_dims'] < 2 or arch['embed_dims'] % 2 or not arch['depths'] or min(arch['depths']) < 0:
+            raise ValueError(
+                'SpatialMamba: embed_dims must be positive and even and depths not empty nor negative, '
+                f'but arch is {dict(arch)}'
+            )
+        return arch['embed_dims'], tuple(arch['depths'])
+
+    def _parse_out_indices(self, out_indices):
+        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        if not indices or any(not -self.num_stages <= i < self.num_stages for i in indices):
+            raise ValueError(
+                f'SpatialMamba: out_indices must name stages from 0 to {self.num_stages - 1}, but is {out_indices}'
+            )
+        return tuple(sorted({i % self.num_stages for i in indices}))
+
+    def _rename_keys(self, state_dict, prefix, *args):
+        """Rename the original release's keys, and strip 'backbone.' where a bare backbone loads a whole model's."""
+        if not prefix and not any(key.startswith(('stem.', 'patch_embed.')) for key in state_dict):
+            for key in [key for key in state_dict if key.startswith('backbone.')]:
+                state_dict[key[len('backbone.') :]] = state_dict.pop(key)
+        names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+        if is_upstream(names):
+            last = self.num_stages - 1
+            last_stage = last if self.out_indices == (last,) else None
+            for name in names:
+                state_dict[prefix + from_upstream(name, last_stage)] = state_dict.pop(prefix + name)
+
+    def _freeze(self):
+        used = self.out_indices[-1] + 1
+        idle = [*self.stages[used:], *self.downsamples[used - 1 :]]
+        frozen = []
+        if self.frozen_stages >= 0:
+            n = self.frozen_stages
+            norms = [getattr(self, f'norm{i}') for i in self.out_indices if i < n]
+            frozen = [self.stem, *self.stages[:n], *self.downsamples[:n], *norms]
+        for module in idle + frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Set the mode, but keep frozen stages, and with ``norm_eval`` BatchNorm layers, in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self):
+        """Load the weights that ``init_cfg`` names, or say that there are none."""
+        if self.init_cfg is None:
+            print_log(
+                f'{type(self).__name__}: no pretrained weights are configured, so training starts from scratch. Set '
+                "the backbone's init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL) to start from weights.",
+                logger='current',
+                level=logging.WARNING,
+            )
+        super().init_weights()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Feature maps of the stages in ``out_indices``.
+
+        Args:
+            x (Tensor): Images, (batch, in_channels, H, W), any H, W >= 1.
+
+        Returns:
+            tuple[Tensor]: One contiguous (batch, embed_dims * 2^i, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) map for each
+            stage i, counted from 0.
+        """
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        outs = []
+        for i in range(self.out_indices[-1] + 1):
+            if i > 0:
+                x = self.downsamples[i - 1](x)
+            x = self.stages[i](x)
+            if i in self.out_indices:
+                norm = getattr(self, f'norm{i}')
+                outs.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
+        return tuple(outs)

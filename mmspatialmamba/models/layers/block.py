@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .mixer import StructureAwareSSM
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear over the last dimension.
+
+    Args:
+        channels (int): Number of input and output channels.
+        ratio (int): Hidden channels per input channel. Defaults to 4.
+    """
+
+    def __init__(self, channels: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels * ratio)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(channels * ratio, channels)
+        for layer in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SpatialMambaBlock(nn.Module):
+    """Conditional positional encoding, mixer, encoding again, MLP; each added to its input (Spatial-Mamba, figure 3).
+
+    Args:
+        channels (int): Number of input and output channels.
+        drop_path_rate (float): Stochastic depth rate of mixer and MLP. Defaults to 0.
+        with_cp (bool): Whether to recompute the block in the backward pass instead of storing its activations.
+            Defaults to False.
+    """
+
+    def __init__(self, channels: int, drop_path_rate: float = 0.0, with_cp: bool = False) -> None:
+        super().__init__()
+        # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.
+        from mmcv.cnn.bricks import DropPath
+
+        self.with_cp = with_cp
+        self.cpe1 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.ln1 = nn.LayerNorm(channels)
+        self.mixer = StructureAwareSSM(channels)
+        self.cpe2 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.ln2 = nn.LayerNorm(channels)
+        self.mlp = MLP(channels)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x + self.cpe1(x)).permute(0, 2, 3, 1)
+        x = (x + self.drop_path(self.mixer(self.ln1(x)))).permute(0, 3, 1, 2)
+        x = (x + self.cpe2(x)).permute(0, 2, 3, 1)
+        return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) to the same, best in the channels-last memory format."""
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)

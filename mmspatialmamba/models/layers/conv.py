@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from torch import nn
+
+
+class ConvLayer(nn.Sequential):
+    """Convolution, then normalisation and ReLU where asked for, with PyTorch's default initial weights.
+
+    mmcv's ConvModule is not used because its ``init_weights`` would replace these by Kaiming's.
+
+    Args:
+        in_channels (int): Number of input channels.
+        out_channels (int): Number of output channels.
+        kernel_size (int): Odd size of the kernel; the padding is half of it.
+        stride (int): Stride of the convolution. Defaults to 1.
+        groups (int): Groups of the convolution. Defaults to 1.
+        bias (bool): Whether the convolution has a bias. Defaults to False.
+        norm_cfg (dict, optional): Config of the normalisation. Defaults to None, which means no normalisation.
+        act (bool): Whether ReLU follows. Defaults to True.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm_cfg: dict | None = None,
+        act: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
+        )
+        if norm_cfg is not None:
+            # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.
+            from mmcv.cnn import build_norm_layer
+
+            self.norm = build_norm_layer(norm_cfg, out_channels)[1]
+        if act:
+            self.act = nn.ReLU(inplace=True)
+
+
+class Stem(nn.Module):
+    """Image to tokens at a quarter of the resolution, with overlapping convolutions and a residual branch.
+
+    Args:
+        in_channels (int): Number of image channels.
+        embed_dims (int): Number of output channels.
+        norm_cfg (dict): Config of the normalisation after each convolution.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict) -> None:
+        super().__init__()
+        half, wide = embed_dims // 2, embed_dims * 4
+        self.conv1 = ConvLayer(in_channels, half, 3, stride=2, norm_cfg=norm_cfg)
+        self.conv2 = nn.Sequential(
+            ConvLayer(half, half, 3, norm_cfg=norm_cfg),
+            ConvLayer(half, half, 3, norm_cfg=norm_cfg, act=False),
+        )
+        self.conv3 = nn.Sequential(
+            ConvLayer(half, wide, 3, stride=2, norm_cfg=norm_cfg),
+            ConvLayer(wide, embed_dims, 1, norm_cfg=norm_cfg, act=False),
+        )
+
+    def forward(self, x):
+        """(batch, in_channels, H, W) to (batch, embed_dims, ceil(H / 4), ceil(W / 4))."""
+        x = self.conv1(x)
+        return self.conv3(x + self.conv2(x))
+
+
+class Downsample(nn.Sequential):
+    """Halve the resolution and double the channels, through a depthwise convolution at eight times the width.
+
+    Args:
+        channels (int): Number of input channels.
+        norm_cfg (dict): Config of the normalisation after the last convolution.
+    """
+
+    def __init__(self, channels: int, norm_cfg: dict) -> None:
+        wide = channels * 8
+        super().__init__(
+            ConvLayer(channels, wide, 1, bias=True),
+            ConvLayer(wide, wide, 3, stride=2, groups=wide, bias=True),
+            ConvLayer(wide, channels * 2, 1, bias=True, norm_cfg=norm_cfg, act=False),
+        )

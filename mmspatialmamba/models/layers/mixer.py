@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmspatialmamba.ops import structure_aware_scan
+
+
+class StructureAwareSSM(nn.Module):
+    """Structure-aware state-space mixer (Spatial-Mamba, section 3.3), state size 1.
+
+    Args:
+        channels (int): Number of input and output channels; the inner width is twice that.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = channels * 2
+        self.dt_rank = math.ceil(channels / 16)
+        self.in_proj = nn.Linear(channels, inner * 2, bias=False)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.zeros(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.fusion_kernels = nn.ParameterList(torch.ones(inner, 1, 3, 3) for _ in range(3))
+        self.fusion_alpha = nn.Parameter(torch.ones(3))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.in_proj.weight, std=0.02)
+        nn.init.trunc_normal_(self.out_proj.weight, std=0.02)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
+        dt.add_(torch.log(-torch.expm1(-dt)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix the pixels of ``x``, (batch, height, width, channels); the output has its shape."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = F.silu(self.conv(x.permute(0, 3, 1, 2)))
+        dt, B, C = self.x_proj(u.permute(0, 2, 3, 1)).split([self.dt_rank, 1, 1], dim=-1)
+        y = structure_aware_scan(
+            u,
+            self.dt_proj(dt).permute(0, 3, 1, 2),
+            -torch.exp(self.A_log.float()),
+            B.permute(0, 3, 1, 2),
+            C.permute(0, 3, 1, 2),
+            self.D,
+            tuple(self.fusion_kernels),
+            self.fusion_alpha,
+            self.dt_bias,
+        )
+        return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)) * F.silu(z))

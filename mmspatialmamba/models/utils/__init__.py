@@ -1,0 +1,3 @@
+from .upstream import from_upstream, is_upstream
+
+__all__ = ['from_upstream', 'is_upstream']

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .backend import current_backend
+from .checks import check_kernels, check_shape
+
+
+def structure_aware_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    kernels: Sequence[torch.Tensor],
+    alpha: torch.Tensor,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+) -> torch.Tensor:
+    """Selective scan in row-major order, fusion of its states, and read-out (Spatial-Mamba, section 3.2).
+
+    y = C * state_fusion(h) + D * u, with h the states of :func:`selective_scan`, state size 1, over the map's pixels.
+
+    Args:
+        u (Tensor): Input, (batch, dim, height, width), any floating dtype, in either memory format.
+        delta (Tensor): Time step before bias and softplus, of the shape of ``u``.
+        A (Tensor): State matrix's diagonal, (dim, 1), not above 0.
+        B (Tensor): Input matrix, (batch, 1, height, width).
+        C (Tensor): Output matrix, (batch, 1, height, width).
+        D (Tensor): Skip weights, (dim,).
+        kernels (Sequence[Tensor]): Fusion kernels of dilation 1, 3 and 5, (dim, 1, 3, 3) each.
+        alpha (Tensor): Their weights, (3,).
+        delta_bias (Tensor, optional): Added to ``delta``, (dim,). Defaults to None.
+        delta_softplus (bool): Whether ``delta`` goes through softplus. Defaults to True.
+
+    Returns:
+        Tensor: y, shape and dtype of ``u``. The recurrence, its inputs after softplus and its state are float32, or
+        float64 where an input is float64, under every autocast dtype.
+
+    Raises:
+        ValueError: If shapes do not fit each other, or the backend asked for cannot run here.
+        TypeError: If an input is not a floating point tensor.
+    """
+    op = 'structure_aware_scan'
+    check_shape(op, 'u', u, (None, None, None, None))
+    batch, dim, height, width = u.shape
+    check_shape(op, 'delta', delta, (batch, dim, height, width))
+    check_shape(op, 'A', A, (dim, 1))
+    check_shape(op, 'B', B, (batch, 1, height, width))
+    check_shape(op, 'C', C, (batch, 1, height, width))
+    check_shape(op, 'D', D, (dim,))
+    check_kernels(op, kernels, alpha, dim)
+    if delta_bias is not None:
+        check_shape(op, 'delta_bias', delta_bias, (dim,))
+    return current_backend().structure_aware_scan(u, delta, A, B, C, D, kernels, alpha, delta_bias, delta_softplus)

@@ -1,0 +1,514 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.fileio import load
+from PIL import Image
+
+from mmspatialmamba.engine import launch
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+CLASSIFIER = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
+    backbone=dict(
+        type='SpatialMamba',
+        arch=dict(embed_dims=16, depths=[1, 1, 1, 1]),
+        out_indices=(3,),
+        drop_path_rate=0.0,
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=True,
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=128, topk=(1,)),
+)
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    pin_memory=False,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset',
+        data_root={root!r},
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+    ),
+)
+test_dataloader = train_dataloader
+test_evaluator = dict(type='Accuracy', topk=(1,))
+test_cfg = dict()
+train_cfg = dict(by_epoch=True, max_epochs=1)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
+randomness = dict(seed=0, diff_rank_seed=False)
+"""
+
+
+@pytest.fixture
+def cpu_process(monkeypatch):
+    """Make this process look like one on a machine without a GPU, outside of torchrun."""
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.delenv('RANK', raising=False)
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys, cpu_process):
+    def run(task: str, *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, 'argv', [f'{task}.py', *map(str, args)])
+        try:
+            status = launch.main(task)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(text: str, name: str = 'config.py') -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write_config
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    status, _, error = result
+    assert status == 2
+    assert error.count('\n') == 1 and error.endswith('\n'), error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize('args', [(), ('--work-dir', 'w', 'config.py'), ('--local-rank=0',)])
+@pytest.mark.parametrize('task', ['train', 'test'])
+def test_config_must_come_first(run_tool, task, args):
+    assert_one_line(run_tool(task, *args), 'first argument', f'tools/{task}.py CONFIG')
+
+
+@pytest.mark.parametrize('path', ['missing.py', '.'])
+def test_missing_config(run_tool, path):
+    assert_one_line(run_tool('train', path), f'no config file {path}', str(Path.cwd()))
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'reason'),
+    [
+        ('config.py', 'model = dict(', "SyntaxError: '(' was never closed"),
+        ('config.py', 'model = undefined', "NameError: name 'undefined' is not defined"),
+        ('config.py', "_base_ = './none.py'", 'none.py'),
+        ('config.py', "_base_ = 'mmrotate::base/none.py'", 'mmrotate is not installed'),
+        ('config.py', "custom_imports = dict(imports=['nothing_here'])", "'nothing_here'"),
+        ('config.json', '{"model": ', 'JSONDecodeError'),
+        ('config.yaml', 'model: [', 'ParserError'),
+        ('config.txt', 'model = 1', '.txt'),
+    ],
+    ids=['syntax', 'name', 'base', 'library', 'import', 'json', 'yaml', 'suffix'],
+)
+def test_config_that_does_not_parse(run_tool, write, name, text, reason):
+    path = write(text, name)
+    assert_one_line(run_tool('train', path), f'cannot read config {path}:', reason)
+
+
+def test_config_without_default_scope(run_tool, write):
+    path = write('model = dict()')
+    assert_one_line(run_tool('test', path, 'x.pth'), str(path), 'default_scope', 'mmpretrain')
+
+
+@pytest.mark.parametrize('scope', ['mmpose', 'mmspatialmamba'])
+def test_config_of_an_unsupported_library(run_tool, write, scope):
+    path = write(f'default_scope = {scope!r}')
+    assert_one_line(run_tool('train', path), str(path), scope, 'mmdet, mmseg, mmpretrain')
+
+
+@pytest.mark.parametrize(('scope', 'pip_name'), launch.PIP_NAMES.items())
+def test_library_that_is_not_installed(run_tool, write, monkeypatch, scope, pip_name):
+    monkeypatch.setitem(sys.modules, scope, None)
+    path = write(f'default_scope = {scope!r}')
+    result = run_tool('train', path)
+    assert_one_line(result, f'{scope}, which is not installed', f'pip install {pip_name}')
+
+
+def test_library_without_its_scripts(run_tool, write, monkeypatch, tmp_path):
+    package = tmp_path / 'bare' / 'mmseg' / '__init__.py'
+    package.parent.mkdir(parents=True)
+    package.touch()
+    monkeypatch.delitem(sys.modules, 'mmseg', raising=False)
+    monkeypatch.syspath_prepend(package.parents[1])
+    result = run_tool('train', write("default_scope = 'mmseg'"))
+    assert_one_line(result, str(package.parent / '.mim' / 'tools' / 'train.py'), 'reinstall')
+
+
+@pytest.mark.parametrize('args', [('none.pth',), ('--tta', 'none.pth')])
+def test_missing_checkpoint(run_tool, write, args):
+    result = run_tool('test', write("default_scope = 'mmpretrain'"), *args)
+    assert_one_line(result, 'no checkpoint none.pth', str(Path.cwd()))
+
+
+def test_missing_checkpoint_to_resume(run_tool, write):
+    result = run_tool('train', write("default_scope = 'mmpretrain'"), '--resume', 'none.pth')
+    assert_one_line(result, 'no checkpoint none.pth')
+
+
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_launchers_that_need_a_gpu(run_tool, write, launcher):
+    result = run_tool('train', write("default_scope = 'mmpretrain'"), '--launcher', launcher)
+    assert_one_line(result, f'--launcher {launcher} needs a GPU', 'tools/dist_train.sh')
+
+
+def test_pytorch_launcher_without_torchrun(run_tool, write, tmp_path):
+    checkpoint = tmp_path / 'x.pth'
+    checkpoint.touch()
+    config = write("default_scope = 'mmpretrain'")
+    result = run_tool('test', config, checkpoint, '--launcher', 'pytorch')
+    assert_one_line(result, 'torchrun', 'tools/dist_test.sh')
+
+
+@pytest.mark.parametrize('task', ['train', 'test'])
+def test_help_without_a_config(run_tool, task):
+    status, out, error = run_tool(task, '--help')
+    assert (status, error) == (0, '')
+    assert f'tools/{task}.py CONFIG --help' in out
+
+
+@pytest.mark.parametrize(
+    ('scope', 'words'),
+    [
+        ('mmdet', 'Train a detector'),
+        ('mmseg', 'Train a segmentor'),
+        ('mmpretrain', '--no-pin-memory'),
+    ],
+)
+def test_help_with_a_config_is_the_librarys(run_tool, write, scope, words):
+    status, out, _ = run_tool('train', write(f'default_scope = {scope!r}'), '--help')
+    assert status == 0
+    assert words in out
+
+
+@pytest.mark.parametrize('gpu', [False, True], ids=['cpu', 'gpu'])
+def test_arguments_reach_the_script_unchanged(run_tool, write, monkeypatch, gpu):
+    script = write(
+        'import argparse, json, sys\n'
+        'def parse_args():\n'
+        '    parser = argparse.ArgumentParser()\n'
+        "    parser.add_argument('--launcher', default='none')\n"
+        '    return parser.parse_known_args()[0]\n'
+        "if __name__ == '__main__':\n"
+        '    print(json.dumps(sys.argv))\n',
+        'script.py',
+    )
+    monkeypatch.setattr(launch, 'find_script', lambda *args: script)
+    args = [str(write('a = 1')), '--cfg-options', 'a=b c', 'd=[1,2]', '--show-dir', "it's here"]
+    if gpu:
+        monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+        args += ['--launcher', 'pytorch']
+    status, out, _ = run_tool('train', *args)
+    assert status == 0
+    assert json.loads(out) == [str(script), *args]
+    assert not torch.distributed.is_initialized()
+
+
+def parse_options(options: list[str]) -> dict:
+    return {key: DictAction._parse_iterable(value) for key, value in (option.split('=', 1) for option in options)}
+
+
+DDP = {'model_wrapper_cfg.type': 'MMDistributedDataParallel', 'model_wrapper_cfg.device_ids': None}
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'expected'),
+    [
+        ({}, {**DDP, 'unused': False, 'broadcast': False}),
+        ({'find_unused_parameters': True}, {**DDP, 'unused': True, 'broadcast': False}),
+        ({'model_wrapper_cfg': {'find_unused_parameters': True}}, DDP),
+        ({'model_wrapper_cfg': {'type': 'MMFullyShardedDataParallel'}}, {}),
+        (
+            {'model_wrapper_cfg': {'type': DDP['model_wrapper_cfg.type'], 'device_ids': [0]}},
+            {},
+        ),
+    ],
+    ids=['plain', 'find_unused_parameters', 'own wrapper', 'other wrapper', 'own device_ids'],
+)
+def test_model_wrapper_on_cpu(cfg, expected):
+    names = {'unused': 'find_unused_parameters', 'broadcast': 'broadcast_buffers'}
+    expected = {f'model_wrapper_cfg.{names[key]}' if key in names else key: value for key, value in expected.items()}
+    assert parse_options(launch.cpu_options(Config(cfg))) == expected
+
+
+def test_sync_bn_becomes_bn_on_cpu():
+    norm = {'type': 'SyncBN', 'requires_grad': True}
+    cfg = Config(
+        {
+            'norm_cfg': norm,
+            'model': {
+                'backbone': {'norm_cfg': norm},
+                'decode_head': [{'norm_cfg': norm}, {'norm_cfg': {'type': 'GN'}}],
+            },
+            'sync_bn': 'torch',
+        }
+    )
+    cfg.merge_from_dict(parse_options(launch.cpu_options(cfg)))
+    bn = {'type': 'BN', 'requires_grad': True}
+    assert cfg.norm_cfg == bn
+    assert cfg.model.backbone.norm_cfg == bn
+    assert cfg.model.decode_head == [{'norm_cfg': bn}, {'norm_cfg': {'type': 'GN'}}]
+    assert cfg.sync_bn is None
+
+
+def run_script(*args: object, cwd: Path, **env: object) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, args)), cwd=cwd, capture_output=True, text=True, env=cpu_environment(**env))
+
+
+def cpu_environment(**env: object) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+    kept.update(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PYTHON=sys.executable)
+    return {**kept, **{key: str(value) for key, value in env.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+@pytest.mark.parametrize('task', ['train', 'test'])
+def test_scripts_fail_in_one_line_from_any_directory(tmp_path, task):
+    result = run_script(sys.executable, TOOLS / f'{task}.py', 'missing.py', cwd=tmp_path)
+    assert_one_line((result.returncode, result.stdout, result.stderr), 'missing.py', str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    'args',
+    [
+        ('dist_train.sh', 'config.py'),
+        ('dist_train.sh', 'config.py', '0'),
+        ('dist_train.sh', 'config.py', '--amp'),
+        ('dist_test.sh', 'config.py', 'x.pth'),
+        ('dist_test.sh', 'config.py', '2', 'x.pth'),
+        ('slurm_train.sh', 'gpu', 'job'),
+        ('slurm_test.sh', 'gpu', 'job', 'config.py'),
+    ],
+    ids=' '.join,
+)
+def test_usage_of_the_shell_scripts(tmp_path, args):
+    result = run_script(TOOLS / args[0], *args[1:], cwd=tmp_path)
+    assert_one_line((result.returncode, result.stdout, result.stderr), 'usage:', args[0])
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    """A program that prints its arguments one by one, for the scripts to start."""
+    path = tmp_path / 'bin' / 'srun'
+    path.parent.mkdir()
+    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.mark.parametrize(
+    ('script', 'args', 'expected'),
+    [
+        ('dist_train.sh', ('my config.py', '2'), ('train.py', 'my config.py')),
+        ('dist_test.sh', ('c.py', 'my x.pth', '2'), ('test.py', 'c.py', 'my x.pth')),
+    ],
+)
+def test_dist_scripts_start_torchrun(tmp_path, recorder, script, args, expected):
+    extra = ('--cfg-options', 'a=b c', '--amp')
+    env = {'NNODES': 2, 'NODE_RANK': 1, 'PORT': 29511, 'MASTER_ADDR': 'host', 'PYTHON': recorder}
+    lines = run_script(TOOLS / script, *args, *extra, cwd=tmp_path, **env).stdout.splitlines()
+    assert lines == [
+        *('-m', 'torch.distributed.run', '--nnodes=2', '--node_rank=1'),
+        *('--master_addr=host', '--master_port=29511', '--nproc_per_node=2'),
+        *(f'{TOOLS}/{expected[0]}', *expected[1:], '--launcher', 'pytorch', *extra),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('script', 'args', 'expected'),
+    [
+        ('slurm_train.sh', ('my c.py',), ('train.py', 'my c.py', '--launcher', 'slurm')),
+        (
+            'slurm_train.sh',
+            ('c.py', 'work dir', '--amp'),
+            ('train.py', 'c.py', '--launcher', 'slurm', '--work-dir', 'work dir', '--amp'),
+        ),
+        (
+            'slurm_train.sh',
+            ('c.py', '--amp', '--resume'),
+            ('train.py', 'c.py', '--launcher', 'slurm', '--amp', '--resume'),
+        ),
+        (
+            'slurm_test.sh',
+            ('c.py', 'my x.pth', '--tta'),
+            ('test.py', 'c.py', 'my x.pth', '--launcher', 'slurm', '--tta'),
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ('env', 'resources'),
+    [
+        ({}, ('--gres=gpu:8', '--ntasks=8', '--ntasks-per-node=8', '--cpus-per-task=5')),
+        (
+            {'GPUS': 4, 'GPUS_PER_NODE': 2, 'CPUS_PER_TASK': 3, 'SRUN_ARGS': '--quiet -t 9'},
+            ('--gres=gpu:2', '--ntasks=4', '--ntasks-per-node=2', '--cpus-per-task=3'),
+        ),
+    ],
+    ids=['defaults', 'environment'],
+)
+def test_slurm_scripts_start_srun(tmp_path, recorder, script, args, expected, env, resources):
+    path = f'{recorder.parent}{os.pathsep}{os.environ["PATH"]}'
+    result = run_script(TOOLS / script, 'gpu', 'job', *args, cwd=tmp_path, PATH=path, **env)
+    assert result.stdout.splitlines() == [
+        *('-p', 'gpu', '--job-name=job', *resources, '--kill-on-bad-exit=1'),
+        *env.get('SRUN_ARGS', '').split(),
+        *(sys.executable, '-u', f'{TOOLS}/{expected[0]}', *expected[1:]),
+    ]
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """A config of a small classifier on three images of one class and one of another."""
+    folder = tmp_path_factory.mktemp('classifier')
+    generator = np.random.default_rng(0)
+    for index in range(4):
+        path = folder / 'images' / f'class{index // 3}' / f'{index}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    config = folder / 'classifier.py'
+    config.write_text(CLASSIFIER.replace('{root!r}', repr(str(folder / 'images'))))
+    return config
+
+
+def weights(work_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(work_dir / 'epoch_1.pth', weights_only=True)
+    return checkpoint['state_dict']
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+@pytest.fixture(scope='module')
+def one_process(classifier):
+    work_dir = classifier.parent / 'one process'
+    result = run_script(
+        *(sys.executable, TOOLS / 'train.py', classifier, '--work-dir', work_dir),
+        cwd=classifier.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    return work_dir
+
+
+def check_stderr(text: str) -> None:
+    assert 'Traceback' not in text
+    assert 'destroy_process_group' not in text
+
+
+def train_two_processes(config: Path, work_dir: Path) -> str:
+    result = run_script(
+        *(TOOLS / 'dist_train.sh', config, 2, '--work-dir', work_dir),
+        *('--cfg-options', 'train_dataloader.batch_size=2'),
+        cwd=config.parent,
+        PORT=free_port(),
+    )
+    assert result.returncode == 0, result.stderr
+    check_stderr(result.stderr)
+    return result.stdout
+
+
+def train_two_nodes(config: Path, work_dir: Path) -> str:
+    port = free_port()
+    nodes = []
+    for rank in range(2):
+        args = (TOOLS / 'dist_train.sh', config, 1, '--work-dir', work_dir)
+        options = ('--cfg-options', 'train_dataloader.batch_size=2')
+        nodes.append(
+            subprocess.Popen(
+                list(map(str, args + options)),
+                cwd=config.parent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=cpu_environment(NNODES=2, NODE_RANK=rank, PORT=port),
+            )
+        )
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    for node, (_, error) in zip(nodes, outputs):
+        assert node.returncode == 0, error
+        check_stderr(error)
+    return outputs[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('train', [train_two_processes, train_two_nodes])
+def test_averaged_gradients_equal_those_of_the_whole_batch(classifier, one_process, train):
+    work_dir = classifier.parent / train.__name__
+    out = train(classifier, work_dir)
+    assert '2 CPU processes over gloo' in out
+    assert 'model.backbone.norm_cfg.type=BN' in out
+    assert largest_difference(weights(work_dir), weights(one_process)) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_share_of_one_process_gives_other_weights(classifier, one_process):
+    work_dir = classifier.parent / 'half'
+    result = run_script(
+        *(sys.executable, TOOLS / 'train.py', classifier, '--work-dir', work_dir, '--cfg-options'),
+        *('train_dataloader.batch_size=2', 'train_dataloader.dataset.indices=[0,2]'),
+        cwd=classifier.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    assert largest_difference(weights(work_dir), weights(one_process)) > 1e-2
+
+
+@pytest.mark.slow
+def test_two_processes_test_like_one(classifier, one_process, tmp_path):
+    checkpoint = one_process / 'epoch_1.pth'
+    predictions = []
+    for processes in (1, 2):
+        out = tmp_path / f'{processes}.pkl'
+        work_dir = tmp_path / f'work dir {processes}'
+        if processes == 1:
+            command = (sys.executable, TOOLS / 'test.py', classifier, checkpoint)
+        else:
+            command = (TOOLS / 'dist_test.sh', classifier, checkpoint, processes)
+        result = run_script(
+            *(*command, '--work-dir', work_dir, '--tta', '--out', out),
+            cwd=tmp_path,
+            PORT=free_port(),
+        )
+        assert result.returncode == 0, result.stderr
+        check_stderr(result.stderr)
+        predictions.append(load(out))
+    assert [len(p) for p in predictions] == [4, 4]
+    for one, two in zip(*predictions):
+        assert one['img_path'] == two['img_path']
+        torch.testing.assert_close(one['pred_score'], two['pred_score'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_failing_process_fails_the_job(classifier, tmp_path):
+    stages = "9 if __import__('os').environ.get('RANK') == '1' else -1"
+    config = tmp_path / 'failing.py'
+    config.write_text(classifier.read_text().replace('norm_eval=True', f'frozen_stages={stages}'))
+    result = run_script(TOOLS / 'dist_train.sh', config, 2, cwd=tmp_path, PORT=free_port())
+    assert result.returncode != 0
+    assert 'frozen_stages' in result.stderr
+    assert not list(tmp_path.rglob('*.pth'))

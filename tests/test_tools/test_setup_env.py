@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SITE_PACKAGES = Path(sysconfig.get_path('purelib'))
+
+spec = importlib.util.spec_from_file_location('setup_env', REPO / 'tools' / 'setup_env.py')
+setup_env = importlib.util.module_from_spec(spec)
+sys.modules['setup_env'] = setup_env
+spec.loader.exec_module(setup_env)
+
+
+def make_venv(root):
+    """Make an environment that has nothing, not even pip, and return its site-packages."""
+    venv.create(root, symlinks=True)
+    return next(root.glob('lib/python*/site-packages'))
+
+
+def borrowing_venv(root):
+    """Make an environment that also sees all packages of the running one."""
+    (make_venv(root) / 'borrowed.pth').write_text(f'{SITE_PACKAGES}\n')
+
+
+def write_package(folder, name, code):
+    (folder / name).mkdir(parents=True)
+    (folder / name / '__init__.py').write_text(code)
+
+
+def run_script(checkout, *arguments, python=sys.executable, **variables):
+    dropped = ('MMSPATIALMAMBA_VENV', 'PYTHONPATH', 'VIRTUAL_ENV')
+    environment = {k: v for k, v in os.environ.items() if k not in dropped}
+    environment.update({key: str(value) for key, value in variables.items()})
+    return subprocess.run(
+        [python, checkout / 'tools' / 'setup_env.py', *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the script reads of a checkout, in a folder whose name has a space."""
+    root = tmp_path / 'a checkout'
+    for name in ('tools/setup_env.py', 'mmspatialmamba/version.py'):
+        (root / name).parent.mkdir(parents=True)
+        shutil.copy(REPO / name, root / name)
+    shutil.copytree(REPO / 'requirements', root / 'requirements')
+    return root
+
+
+class TestChoice:
+    def printed(self, checkout, root, **variables):
+        result = run_script(checkout, '--print-python', python=root / 'bin' / 'python', **variables)
+        assert result.returncode == 0, result.stderr
+        return Path(result.stdout.rstrip('\n'))
+
+    def test_without_torch_it_is_the_checkouts_own_and_nothing_is_made(self, checkout, tmp_path):
+        make_venv(tmp_path / 'active')
+        chosen = self.printed(checkout, tmp_path / 'active')
+        assert chosen == checkout / '.venv' / 'bin' / 'python'
+        assert not (checkout / '.venv').exists()
+
+    def test_without_torch_the_variable_names_the_folder(self, checkout, tmp_path):
+        make_venv(tmp_path / 'active')
+        chosen = self.printed(checkout, tmp_path / 'active', MMSPATIALMAMBA_VENV=tmp_path / 'elsewhere')
+        assert chosen == tmp_path / 'elsewhere' / 'bin' / 'python'
+
+    def test_with_torch_it_is_the_active_one(self, checkout, tmp_path):
+        write_package(make_venv(tmp_path / 'active'), 'torch', '')
+        chosen = self.printed(checkout, tmp_path / 'active', MMSPATIALMAMBA_VENV=tmp_path / 'elsewhere')
+        assert chosen == tmp_path / 'active' / 'bin' / 'python'
+
+    def test_pins_hold_in_the_own_one_but_only_of_openmmlab_in_others(self, tmp_path):
+        own, other = (
+            setup_env.Environment(tmp_path / 'python', tmp_path, own=own, state=tmp_path) for own in (True, False)
+        )
+        assert any(row.startswith('numpy==') for row in own.requirements('runtime'))
+        assert 'numpy' in other.requirements('runtime')
+        assert 'setuptools>=77,<81' in other.requirements('build')
+        assert own.requirements('openmmlab') == other.requirements('openmmlab')
+        assert 'mmcv==2.1.0' in own.requirements('openmmlab')
+
+
+class TestFailure:
+    def test_shows_command_log_and_advice_and_the_next_run_goes_on(self, checkout, tmp_path):
+        borrowing_venv(tmp_path / 'own')
+        (tmp_path / 'empty').mkdir()
+        variables = {
+            'MMSPATIALMAMBA_VENV': tmp_path / 'own',
+            'PIP_NO_INDEX': '1',
+            'PIP_FIND_LINKS': tmp_path / 'empty',
+        }
+        bare = make_venv(tmp_path / 'bare').parents[2] / 'bin' / 'python'
+        build, tests = (checkout / 'requirements' / f'{name}.txt' for name in ('build', 'tests'))
+        pins = build.read_text()
+        build.write_text(pins + 'mmspatialmamba-absent-a==1.0\n')
+        with tests.open('a') as stream:
+            stream.write('mmspatialmamba-absent-b==1.0\n')
+
+        first = run_script(checkout, python=bare, **variables)
+        assert first.returncode == 1
+        assert 'build tools: mmspatialmamba-absent-a==1.0 ...' in first.stdout
+        log = tmp_path / 'own' / 'setup-logs' / 'build-tools.log'
+        assert f'{tmp_path}/own/bin/python -m pip install' in first.stderr
+        assert '| ERROR: No matching distribution found for mmspatialmamba-absent-a' in first.stderr
+        assert str(log) in first.stderr
+        assert 'What to do: ' in first.stderr
+        assert 'Traceback' not in first.stderr
+        assert 'No matching distribution' in log.read_text()
+
+        build.write_text(pins)
+        second = run_script(checkout, python=bare, **variables)
+        assert second.returncode == 1
+        assert 'mmspatialmamba-absent-a' not in second.stdout + second.stderr
+        assert 'packages: mmspatialmamba-absent-b==1.0 ...' in second.stdout
+        assert 'No matching distribution found for mmspatialmamba-absent-b' in second.stderr
+
+    def test_shows_the_last_25_lines(self, tmp_path):
+        env = setup_env.Environment(Path(sys.executable), tmp_path, own=True, state=tmp_path)
+        code = 'for i in range(40): print(f"<{i}>")\nraise SystemExit(7)'
+        with pytest.raises(setup_env.SetupError) as failure:
+            env.run('step', [sys.executable, '-c', code], 'do this.')
+        message = str(failure.value)
+        assert 'exit code 7' in message
+        assert '| <15>' in message
+        assert '| <14>' not in message
+        assert '<0>' in (tmp_path / 'step.log').read_text()
+
+    def test_refuses_a_folder_that_is_no_environment(self, checkout, tmp_path):
+        bare = make_venv(tmp_path / 'bare').parents[2] / 'bin' / 'python'
+        folder = tmp_path / 'photos'
+        folder.mkdir()
+        (folder / 'holiday.txt').write_text('mine')
+        result = run_script(checkout, python=bare, MMSPATIALMAMBA_VENV=folder)
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert f'{folder} is no virtual environment' in result.stderr
+        assert [path.name for path in folder.iterdir()] == ['holiday.txt']
+
+
+class TestCompiler:
+    def test_wrapper_rewrites_that_flag_alone(self, tmp_path):
+        show = tmp_path / 'show.py'
+        show.write_text('import json, sys; print(json.dumps(sys.argv[1:]))')
+        wrapper = setup_env.write_cxx20_wrapper(tmp_path / 'c++', [sys.executable, str(show), 'own argument'])
+        given = ['-std=c++17', '-DNAME="a  b"', "it's $HOME", '', '-std=c++14', '-x-std=c++17', '*']
+        output = subprocess.run([wrapper, *given], capture_output=True, text=True, check=True)
+        expected = ['own argument', '-std=c++20', *given[1:]]
+        assert json.loads(output.stdout) == expected
+
+    def test_wrapper_compiles_cxx20_and_hands_on_errors(self, tmp_path):
+        wrapper = setup_env.write_cxx20_wrapper(tmp_path / 'c++', setup_env.find_compiler())
+        source = tmp_path / 'a source.cpp'
+        source.write_text('static_assert(__cplusplus > 201703L);\nint main() { return 0; }\n')
+        command = [wrapper, '-std=c++14', '-std=c++17', '-c', source, '-o', tmp_path / 'an object']
+        assert subprocess.run(command, check=False).returncode == 0
+        assert (tmp_path / 'an object').stat().st_size > 0
+        source.write_text('not C++')
+        assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+    @pytest.mark.parametrize('named', ['', 'no-such-compiler -O2'])
+    def test_none_is_one_clear_line(self, tmp_path, monkeypatch, named):
+        monkeypatch.setenv('PATH', str(tmp_path))
+        monkeypatch.setenv('CXX', named)
+        with pytest.raises(setup_env.SetupError, match='No C.. compiler .*apt install g') as error:
+            setup_env.find_compiler()
+        assert '\n' not in str(error.value)
+        assert 'no-such-compiler' in str(error.value) or not named
+
+
+@pytest.fixture
+def isolated(tmp_path, monkeypatch):
+    """An environment with pip and setuptools only, whose pip reaches no index."""
+    site_packages = make_venv(tmp_path / 'env')
+    for name in ('pip', 'setuptools', 'pkg_resources', '_distutils_hack'):
+        for path in (*SITE_PACKAGES.glob(name), *SITE_PACKAGES.glob(f'{name}-*.dist-info')):
+            (site_packages / path.name).symlink_to(path)
+    (tmp_path / 'links').mkdir()
+    (tmp_path / 'state').mkdir()
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'links'))
+    monkeypatch.setenv('PIP_CACHE_DIR', str(tmp_path / 'cache'))
+    monkeypatch.delenv('PYTHONPATH', raising=False)
+    env = setup_env.Environment(
+        tmp_path / 'env' / 'bin' / 'python', tmp_path / 'env', own=True, state=tmp_path / 'state'
+    )
+    return env, site_packages, tmp_path / 'links'
+
+
+def write_distribution(site_packages, name, module, code):
+    write_package(site_packages, module, code)
+    info = site_packages / f'{name.replace("-", "_")}-4.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 4.0\n')
+    (info / 'INSTALLER').write_text('pip\n')
+    files = [f'{module}/__init__.py', *(f'{info.name}/{path.name}' for path in info.iterdir())]
+    (info / 'RECORD').write_text(''.join(f'{file},,\n' for file in [*files, f'{info.name}/RECORD']))
+
+
+class TestOpenCV:
+    def test_absent_is_installed_broken_is_replaced_working_is_kept(self, isolated, capsys):
+        env, site_packages, _ = isolated
+        (pin,) = (r for r in env.requirements('runtime') if r.startswith('opencv-python-headless'))
+        assert setup_env.settle_opencv(env) == [pin]
+
+        broken = 'raise ImportError("libGL.so.1: cannot open shared object file")'
+        write_distribution(site_packages, 'opencv-python', 'cv2', broken)
+        env._probed = None
+        assert setup_env.settle_opencv(env) == [pin]
+        assert 'opencv-python does not import' in (said := capsys.readouterr().out)
+        assert 'libGL.so.1' in said
+        assert not (site_packages / 'cv2').exists()
+        assert 'opencv-python' not in env.probe()['versions']
+
+        write_distribution(site_packages, 'opencv-python', 'cv2', '')
+        env._probed = None
+        assert setup_env.settle_opencv(env) == []
+        assert (site_packages / 'cv2').exists()
+        assert capsys.readouterr().out == ''
+
+
+FAKE_TORCH = """
+from types import SimpleNamespace
+__version__ = '2.14.1'
+version = SimpleNamespace(cuda=None, hip=None)
+cuda = SimpleNamespace(is_available=lambda: False)
+"""
+
+FAKE_SETUP = """
+import os, subprocess
+from setuptools import setup
+source = os.path.abspath('ops.cpp')
+subprocess.check_call([os.environ['CXX'], '-std=c++17', *os.environ['CFLAGS'].split(),
+                       '-c', source, '-o', source + '.o'])
+open('mmcv/_ext.py', 'w').write(f'''flags = {os.environ["CFLAGS"]!r}''')
+setup(name='mmcv', version='2.1.0', packages=['mmcv'])
+"""
+
+
+class TestMmcv:
+    @pytest.fixture
+    def sources(self, isolated):
+        """A fake torch, and a fake mmcv to build that needs the wrapper and the flags."""
+        _, site_packages, links = isolated
+        write_package(site_packages, 'torch', FAKE_TORCH)
+        write_package(site_packages / 'torch', 'utils', '')
+        (site_packages / 'torch' / 'utils' / 'cpp_extension.py').write_text('CUDA_HOME = None')
+        root = links.parent / 'mmcv-2.1.0'
+        write_package(root, 'mmcv', '')
+        (root / 'setup.py').write_text(FAKE_SETUP)
+        (root / 'ops.cpp').write_text('static_assert(__cplusplus > 201703L);\n')
+        (root / 'PKG-INFO').write_text('Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n')
+        with tarfile.open(links / 'mmcv-2.1.0.tar.gz', 'w:gz') as archive:
+            archive.add(root, arcname=root.name)
+
+    def write_wheel(self, links, ext):
+        info = 'mmcv-2.1.0.dist-info'
+        files = {
+            'mmcv/__init__.py': '',
+            'mmcv/_ext.py': ext,
+            f'{info}/METADATA': 'Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n',
+            f'{info}/WHEEL': 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
+        }
+        files[f'{info}/RECORD'] = ''.join(f'{name},,\n' for name in [*files, f'{info}/RECORD'])
+        with zipfile.ZipFile(links / 'mmcv-2.1.0-py3-none-any.whl', 'w') as wheel:
+            for name, text in files.items():
+                wheel.writestr(name, text)
+
+    def test_a_wheel_that_loads_is_taken(self, isolated, sources, capsys):
+        env, site_packages, links = isolated
+        self.write_wheel(links, 'prebuilt = True')
+        setup_env.install_mmcv(env)
+        assert 'compiling' not in capsys.readouterr().out
+        assert (site_packages / 'mmcv' / '_ext.py').read_text() == 'prebuilt = True'
+
+    def test_a_wheel_that_does_not_load_is_rebuilt_once(self, isolated, sources, capsys):
+        env, site_packages, links = isolated
+        self.write_wheel(links, 'raise ImportError("undefined symbol: _ZN5torch")')
+        setup_env.install_mmcv(env)
+        said = capsys.readouterr().out
+        assert 'do not load with this torch: undefined symbol' in said
+        assert said.count('compiling mmcv==2.1.0') == 1
+        assert '-g0 -w' in (site_packages / 'mmcv' / '_ext.py').read_text()
+        setup_env.install_mmcv(env)
+        assert 'compiling' not in capsys.readouterr().out
+
+    def test_without_a_wheel_it_is_compiled(self, isolated, sources, capsys):
+        env, site_packages, _ = isolated
+        setup_env.install_mmcv(env)
+        assert 'none that fits' in (said := capsys.readouterr().out)
+        assert said.count('compiling mmcv==2.1.0') == 1
+        assert '-g0 -w' in (site_packages / 'mmcv' / '_ext.py').read_text()

@@ -1,0 +1,10 @@
+"""Run the test script of the library a config is for: python tools/test.py CONFIG --help."""
+
+import sys
+
+if __name__ == '__main__':
+    try:
+        from mmspatialmamba.engine.launch import main
+    except ModuleNotFoundError as error:
+        sys.exit(f'test.py: {error}: README.md says how to install mmspatialmamba and what it needs')
+    sys.exit(main('test'))
