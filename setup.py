@@ -19,10 +19,9 @@ def mim_sources() -> list[Path]:
     """List what OpenMMLab's tools look for in ``.mim``.
 
     Returns:
-        list[Path]: The ``configs`` and ``tools`` folders, and ``model-index.yml`` if there is one.
+        list[Path]: The ``configs`` and ``tools`` folders, and ``model-index.yml``.
     """
-    model_index = ROOT / 'model-index.yml'
-    return [ROOT / 'configs', ROOT / 'tools', *([model_index] if model_index.exists() else [])]
+    return [ROOT / 'configs', ROOT / 'tools', ROOT / 'model-index.yml']
 
 
 def requirements(name: str) -> list[str]:
@@ -91,6 +90,8 @@ setup(
     name='mmspatialmamba',
     version=runpy.run_path(str(PACKAGE / 'version.py'))['__version__'],
     description='Spatial-Mamba backbones for mmdet, mmseg and mmpretrain',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
     license='Apache-2.0',
     license_files=['LICENSE'],
     keywords='computer vision, state space model, backbone, OpenMMLab',

@@ -36,6 +36,7 @@ def shipped():
     """List what has to be in ``.mim``, relative to it."""
     paths = [path for name in ('configs', 'tools') for path in (REPO / name).rglob('*')]
     files = [path for path in paths if path.is_file() and '__pycache__' not in path.parts]
+    files.append(REPO / 'model-index.yml')
     return sorted(path.relative_to(REPO).as_posix() for path in files)
 
 
@@ -56,7 +57,7 @@ def checkout(tmp_path_factory):
     ignored = shutil.ignore_patterns('__pycache__', '.mim')
     for name in ('mmspatialmamba', 'configs', 'tools', 'requirements'):
         shutil.copytree(REPO / name, root / name, ignore=ignored)
-    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE'):
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'model-index.yml'):
         shutil.copy(REPO / name, root / name)
     return root
 
@@ -94,7 +95,7 @@ def test_mmengine_finds_an_installed_wheel(wheel, tmp_path):
     run(sys.executable, *pip, cwd=tmp_path)
     found = Path(run(sys.executable, '-c', INSTALLED_PATH, cwd=tmp_path, PYTHONPATH=target).strip())
     assert found == target / 'mmspatialmamba'
-    assert sorted(p.name for p in (found / '.mim').iterdir()) == ['configs', 'tools']
+    assert sorted(p.name for p in (found / '.mim').iterdir()) == ['configs', 'model-index.yml', 'tools']
 
 
 @pytest.mark.slow

@@ -16,21 +16,11 @@ model = dict(
         type='LinearClsHead',
         num_classes=10,
         in_channels=128,
-        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
     ),
 )
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomCrop', crop_size=48, padding=4),
-    dict(type='PackInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=48),
-    dict(type='PackInputs'),
-]
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,
@@ -39,7 +29,7 @@ train_dataloader = dict(
         type='CustomDataset',
         data_root='data/photo_digits/imagenet',
         data_prefix='train',
-        pipeline=train_pipeline,
+        pipeline=pipeline,
     ),
     sampler=dict(type='DefaultSampler', shuffle=True),
 )
@@ -51,7 +41,7 @@ val_dataloader = dict(
         type='CustomDataset',
         data_root='data/photo_digits/imagenet',
         data_prefix='val',
-        pipeline=test_pipeline,
+        pipeline=pipeline,
     ),
     sampler=dict(type='DefaultSampler', shuffle=False),
 )
@@ -59,11 +49,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=1)
 test_evaluator = val_evaluator
 
-train_cfg = dict(by_epoch=True, max_epochs=6, val_interval=2)
-val_cfg = dict()
-test_cfg = dict()
+train_cfg = dict(by_epoch=True, max_epochs=5, val_interval=5)
+val_cfg = {}
+test_cfg = {}
 optim_wrapper = dict(
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
@@ -71,5 +61,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=60),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1), visualization=dict(enable=False))
+default_hooks = dict(
+    logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1), visualization=dict(rescale_factor=6.0)
+)
 randomness = dict(seed=0)

@@ -154,7 +154,7 @@ def load_source(split: str) -> Source:
         path = files(package) / name
         if not path.is_file():
             raise FileNotFoundError(f'{package} lacks its photograph {name}: reinstall scikit-learn and scikit-image')
-        photo = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+        photo = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
         border = photo.shape[1] * 2 // 3
         photos.append(photo[:, :border] if split == 'train' else photo[:, border:])
     return Source(tuple(tuple(of_class) for of_class in scans), tuple(photos))
@@ -281,7 +281,7 @@ def compose_scene(rng: np.random.Generator, source: Source, size: int) -> Scene:
 def compose_crop(rng: np.random.Generator, source: Source, size: int, label: int) -> Scene:
     """Compose an image with one main digit for classification.
 
-    The longer side of the main digit is 45 to 85 % of the image's, and it lies wholly inside.
+    The longer side of the main digit is 55 to 90 % of the image's, and it lies wholly inside.
     Sometimes a smaller digit enters at the border, or a small piece of the photograph covers a
     part; at most 35 % of the main digit are covered.
 
@@ -296,12 +296,12 @@ def compose_crop(rng: np.random.Generator, source: Source, size: int, label: int
             border.
     """
     canvas = _Canvas(random_background(rng, source, size))
-    length = size * rng.uniform(0.45, 0.85)
+    length = size * rng.uniform(0.55, 0.9)
     alpha = render_digit(rng, _choose(rng, source.scans[label]), length)
     width = outline_width(length)
     corner = [int(rng.integers(-width, size - side + width + 1)) for side in alpha.shape]
     canvas.add_digit(rng, alpha, width, corner, label)
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         other = int(rng.integers(len(CLASSES)))
         scan = _choose(rng, source.scans[other])
         for _ in range(12):
@@ -547,7 +547,7 @@ def draw_samples(root: str | os.PathLike, path: str | os.PathLike, split: str = 
 
 
 def _read_rgb(path: Path) -> np.ndarray:
-    return cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    return cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1]
 
 
 class _Canvas:

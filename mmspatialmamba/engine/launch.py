@@ -163,13 +163,32 @@ def cpu_options(cfg: Config, tta: bool = False) -> list[str]:
     return options
 
 
+def use_cpu_amp(cfg: Config, args: Namespace, argv: list[str]) -> list[str]:
+    """Replace mmengine's mixed precision, which needs a GPU, by bfloat16 autocast where it is asked for.
+
+    Args:
+        cfg (Config): The config, with the caller's own overrides merged.
+        args (Namespace): What the library's script parsed.
+        argv (list[str]): The script's arguments.
+
+    Returns:
+        list[str]: The arguments to use.
+    """
+    if not args.amp and cfg.get('optim_wrapper', {}).get('type') != 'AmpOptimWrapper':
+        return argv
+    option = 'optim_wrapper.type=CPUAmpOptimWrapper'
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'No GPU: mixed precision is bfloat16 autocast, with --cfg-options {option}', flush=True)
+    return [argument for argument in argv if argument != '--amp'] + ['--cfg-options', option]
+
+
 def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
     """Join the group of CPU processes, over gloo.
 
     mmengine's launchers need a GPU, but its Runner uses a process group that exists already.
 
     Args:
-        cfg (Config): The config.
+        cfg (Config): The config, with the caller's own overrides merged.
         args (Namespace): What the library's script parsed.
         task (str): 'train' or 'test'.
 
@@ -186,8 +205,6 @@ def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
         )
     if 'RANK' not in os.environ:
         raise LaunchError(f'--launcher pytorch needs processes started by torchrun: use tools/dist_{task}.sh')
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
     options = cpu_options(cfg, getattr(args, 'tta', False))
     timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     dist.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
@@ -223,7 +240,12 @@ def launch(task: str, argv: list[str]) -> None:
     sys.argv = [script, *argv]
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)
-    if args.launcher != 'none' and get_device() == 'cpu':
+    on_cpu = get_device() == 'cpu'
+    if on_cpu:
+        cfg.merge_from_dict(args.cfg_options or {})
+        if task == 'train':
+            sys.argv = use_cpu_amp(cfg, args, sys.argv)
+    if on_cpu and args.launcher != 'none':
         sys.argv += start_cpu_process(cfg, args, task)
         try:
             runpy.run_path(script, run_name='__main__')

@@ -201,20 +201,31 @@ def test_help_with_a_config_is_the_librarys(run_tool, write, scope, words):
     assert words in out
 
 
-@pytest.mark.parametrize('gpu', [False, True], ids=['cpu', 'gpu'])
-def test_arguments_reach_the_script_unchanged(run_tool, write, monkeypatch, gpu):
-    script = write(
+@pytest.fixture
+def script(write, monkeypatch):
+    """A library's script that prints its arguments."""
+    path = write(
         'import argparse, json, sys\n'
+        'from mmengine.config import DictAction\n'
         'def parse_args():\n'
         '    parser = argparse.ArgumentParser()\n'
         "    parser.add_argument('--launcher', default='none')\n"
+        "    parser.add_argument('--amp', action='store_true')\n"
+        "    parser.add_argument('--cfg-options', nargs='+', action=DictAction)\n"
         '    return parser.parse_known_args()[0]\n'
         "if __name__ == '__main__':\n"
         '    print(json.dumps(sys.argv))\n',
         'script.py',
     )
-    monkeypatch.setattr(launch, 'find_script', lambda *args: script)
+    monkeypatch.setattr(launch, 'find_script', lambda *args: path)
+    return path
+
+
+@pytest.mark.parametrize('gpu', [False, True], ids=['cpu', 'gpu'])
+def test_arguments_reach_the_script_unchanged(run_tool, write, script, monkeypatch, gpu):
     args = [str(write('a = 1')), '--cfg-options', 'a=b c', 'd=[1,2]', '--show-dir', "it's here"]
+    if gpu:
+        args += ['--amp']
     if gpu:
         monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
         args += ['--launcher', 'pytorch']
@@ -222,6 +233,24 @@ def test_arguments_reach_the_script_unchanged(run_tool, write, monkeypatch, gpu)
     assert status == 0
     assert json.loads(out) == [str(script), *args]
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ('config', 'args'),
+    [
+        ('a = 1', ['--amp']),
+        ("optim_wrapper = dict(type='AmpOptimWrapper')", []),
+        ("optim_wrapper = dict(type='OptimWrapper')", ['--cfg-options', 'optim_wrapper.type=AmpOptimWrapper']),
+    ],
+    ids=['argument', 'config', 'option'],
+)
+def test_mixed_precision_on_cpu_is_bfloat16_and_says_so(run_tool, write, script, config, args):
+    status, out, _ = run_tool('train', write(config), *args)
+    assert status == 0
+    said, argv = out.splitlines()
+    assert said.startswith('No GPU: mixed precision is bfloat16 autocast')
+    assert '--amp' not in json.loads(argv)
+    assert json.loads(argv)[-2:] == ['--cfg-options', 'optim_wrapper.type=CPUAmpOptimWrapper']
 
 
 def parse_options(options: list[str]) -> dict:

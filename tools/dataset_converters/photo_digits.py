@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import cv2
+
 from mmspatialmamba.datasets.photo_digits import (
     SettingsError,
     draw_samples,
@@ -33,6 +35,8 @@ def main() -> None:
     parser.add_argument('--overwrite', action='store_true', help='replace a PhotoDigits folder of other settings')
     args = vars(parser.parse_args())
 
+    # The images are too small for several threads to pay.
+    cv2.setNumThreads(0)
     show = args.pop('show')
     if show:
         if not show.endswith('.png'):

@@ -45,7 +45,8 @@ class SpatialMamba(BaseModule):
         with_cp (bool): Whether to recompute each block in the backward pass, which saves memory and costs time.
             Defaults to False.
         init_cfg (dict | list[dict], optional): Initialization config.
-            ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights, and with ``checkpoint=None`` it is the same as None: random weights. Defaults to None.
+            ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights; with ``checkpoint=None`` it is the same
+            as None: random weights. Defaults to None.
 
     Raises:
         ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist.

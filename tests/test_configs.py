@@ -1,0 +1,183 @@
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData, PixelData
+
+from mmspatialmamba.models.utils import from_upstream
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+FILES = {path.stem: path for path in sorted(CONFIGS.glob('*/*.py'))}
+PUBLISHED = {stem: path for stem, path in FILES.items() if path.parent.name != 'demo'}
+SMALL_ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1))
+SMALL_CHANNELS = [8, 16, 32, 64]
+
+
+def load(path):
+    cfg = Config.fromfile(str(path))
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+def build_model(cfg):
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    return importlib.import_module(f'{cfg.default_scope}.registry').MODELS.build(cfg.model)
+
+
+def shrink(cfg):
+    """Make a published config's model small enough to train a step in a second."""
+    model = cfg.model
+    model.backbone.arch = SMALL_ARCH
+    if cfg.default_scope == 'mmdet':
+        model.neck.in_channels = SMALL_CHANNELS
+    elif cfg.default_scope == 'mmseg':
+        model.decode_head.update(in_channels=SMALL_CHANNELS, channels=16)
+        model.auxiliary_head.update(in_channels=SMALL_CHANNELS[2], channels=8)
+        model.data_preprocessor.size = (64, 64)
+    else:
+        model.head.in_channels = SMALL_CHANNELS[3]
+
+
+def make_batch(cfg, size=64):
+    """Two images of noise with made-up annotations, as the library's data loader hands them to a model."""
+    images = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(2)]
+    structures = importlib.import_module(f'{cfg.default_scope}.structures')
+    meta = dict(img_shape=(size, size), ori_shape=(size, size), scale_factor=(1.0, 1.0), img_id=0, img_path='')
+    if cfg.default_scope == 'mmpretrain':
+        samples = [structures.DataSample(metainfo=meta).set_gt_label(i) for i in range(2)]
+        return dict(inputs=torch.stack(images), data_samples=samples)
+    if cfg.default_scope == 'mmseg':
+        samples = [structures.SegDataSample(metainfo=meta) for _ in range(2)]
+        for sample in samples:
+            sample.gt_sem_seg = PixelData(data=torch.randint(0, 11, (1, size, size)))
+        return dict(inputs=images, data_samples=samples)
+    masks = importlib.import_module('mmdet.structures.mask').BitmapMasks
+    samples = []
+    for _ in range(2):
+        sample = structures.DetDataSample(metainfo=meta)
+        mask = torch.zeros(1, size, size, dtype=torch.uint8)
+        mask[0, 8:40, 10:50] = 1
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor([[10.0, 8.0, 50.0, 40.0]]),
+            labels=torch.tensor([3]),
+            masks=masks(mask.numpy(), size, size),
+        )
+        samples.append(sample)
+    return dict(inputs=images, data_samples=samples)
+
+
+def test_published_configs_are_complete():
+    archs = ('tiny', 'small', 'base')
+    assert set(PUBLISHED) == {
+        *(f'spatialmamba-{arch}_8xb128_in1k' for arch in archs),
+        *(f'mask-rcnn_spatialmamba-{arch}_fpn_1x_coco' for arch in archs),
+        *(f'mask-rcnn_spatialmamba-{arch}_fpn_ms-crop-3x_coco' for arch in archs[:2]),
+        *(f'spatialmamba-{arch}_upernet_8xb2-160k_ade20k-512x512' for arch in archs),
+    }
+
+
+@pytest.mark.parametrize('path', FILES.values(), ids=FILES)
+def test_names_the_plugin_and_no_other_weights(path):
+    cfg = load(path)
+    assert cfg.custom_imports == dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+    assert cfg.model.backbone.type == 'SpatialMamba'
+    assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=None)
+    leaked = {'embed_dims', 'num_heads', 'window_size', 'patch_norm', 'depth', 'style'} & set(cfg.model.backbone)
+    assert not leaked
+    assert 'swin' not in str(cfg.get('pretrained')) + str(cfg.get('checkpoint_file'))
+
+
+@pytest.mark.parametrize('path', FILES.values(), ids=FILES)
+def test_builds_at_its_own_size(path):
+    cfg = load(path)
+    with torch.device('meta'):
+        backbone = build_model(cfg).backbone
+    heads = {'mmdet': lambda m: m.neck.in_channels, 'mmseg': lambda m: m.decode_head.in_channels}
+    wanted = heads.get(cfg.default_scope, lambda m: [m.head.in_channels])(cfg.model)
+    assert [backbone.out_channels[i] for i in backbone.out_indices] == list(wanted)
+
+
+@pytest.mark.parametrize('path', FILES.values(), ids=FILES)
+def test_trains_a_step_and_predicts(path):
+    cfg = load(path)
+    if path in PUBLISHED.values():
+        shrink(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    model.init_weights()
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    cfg.optim_wrapper.pop('loss_scale', None)
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    batch = make_batch(cfg)
+    if cfg.default_scope == 'mmseg':
+        for sample in batch['data_samples']:
+            sample.gt_sem_seg.data %= cfg.model.decode_head.num_classes
+    before = model.backbone.stages[0][0].mixer.in_proj.weight.detach().clone()
+    losses = model.train().train_step(batch, optim_wrapper)
+    assert all(torch.as_tensor(value).isfinite().all() for value in losses.values())
+    assert not torch.equal(model.backbone.stages[0][0].mixer.in_proj.weight, before)
+    predictions = model.eval().test_step(make_batch(cfg))
+    assert len(predictions) == 2
+
+
+def decays(cfg, model):
+    """Weight decay of each of the backbone's parameters."""
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    cfg.optim_wrapper.pop('loss_scale', None)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    by_parameter = {
+        id(parameter): group['weight_decay'] for group in wrapper.param_groups for parameter in group['params']
+    }
+    return {name: by_parameter[id(parameter)] for name, parameter in model.backbone.named_parameters()}
+
+
+@pytest.mark.parametrize('stem', [stem for stem in PUBLISHED if 'spatialmamba-tiny' in stem])
+def test_weight_decay_follows_the_upstream_names(keys, stem):
+    cfg = load(PUBLISHED[stem])
+    with torch.device('meta'):
+        model = build_model(cfg)
+    buffers = {name for name, _ in model.backbone.named_buffers()}
+    if cfg.default_scope == 'mmpretrain':
+        decay, names = 0.05, [(n, s) for n, s in keys['tiny_classifier'] if not n.startswith('head.')]
+        last_stage = 3
+    else:
+        decay, names = (0.05 if cfg.default_scope == 'mmdet' else 0.01), keys['tiny_backbone']
+        last_stage = None
+    expected = {}
+    for name, shape in names:
+        ours = from_upstream(name, last_stage)
+        if ours not in buffers:
+            decayed = len(shape) > 1 if cfg.default_scope == 'mmpretrain' else 'norm' not in name
+            expected[ours] = decay if decayed else 0.0
+    assert decays(cfg, model) == expected
+    assert 0.0 in expected.values() and decay in expected.values()
+
+
+def test_upstream_classifier_loads_and_gives_its_logits(keys, goldens):
+    import weights
+
+    for arch in ('tiny', 'small', 'base'):
+        model = build_model(load(FILES[f'spatialmamba-{arch}_8xb128_in1k'])).eval()
+        state = weights.state_dict(keys[f'{arch}_classifier'])
+        state = {
+            name.replace('head.', 'head.fc.', 1) if name.startswith('head.') else f'backbone.{name}': value
+            for name, value in state.items()
+        }
+        model.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            logits = model(weights.image((2, 3, 224, 224), 41))
+            logits = model.head(model.extract_feat(weights.image((2, 3, 224, 224), 41)))
+        truth = goldens[f'model/{arch}/logits']
+        assert (logits - truth).norm() < 1e-4 * truth.norm()
+
+
+def test_other_projects_inherit_by_scope(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = 'mmspatialmamba::detection/mask-rcnn_spatialmamba-tiny_fpn_1x_coco.py'\n")
+    cfg = Config.fromfile(str(config))
+    assert isinstance(cfg.model, ConfigDict) and cfg.model.backbone.arch == 'tiny'
