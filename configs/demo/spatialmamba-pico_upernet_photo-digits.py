@@ -86,7 +86,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_iters=400, val_interval=400)
+train_cfg = dict(max_iters=320, val_interval=320)
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
@@ -96,7 +96,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=40),
-    dict(type='PolyLR', eta_min=1e-5, power=0.9, begin=40, end=400, by_epoch=False),
+    dict(type='PolyLR', eta_min=1e-5, power=0.9, begin=40, end=320, by_epoch=False),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=160, max_keep_ckpts=1))
 randomness = dict(seed=0)

@@ -12,7 +12,7 @@ def test_drops_swin_arguments_with_one_warning(capfd):
     backbone = MM_SpatialMamba(
         dims=8, depths=(1, 1, 1, 1), embed_dims=96, num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.1
     )
-    warnings = [line for line in capfd.readouterr().err.splitlines() if 'dropped' in line]
+    warnings = [line for line in capfd.readouterr().out.splitlines() if 'dropped' in line]
     assert len(warnings) == 1
     assert warnings[0].endswith(': embed_dims, num_heads, window_size')
     assert backbone.out_channels == (8, 16, 32, 64)

@@ -21,6 +21,15 @@ def relative_error(value, truth):
     return ((value - truth).norm() / truth.norm()).item()
 
 
+def reference_state(backbone, keys, last_stage=None):
+    """The reference weights of a backbone that is no deeper than tiny, in our names."""
+    upstream = {
+        from_upstream(name, last_stage): name
+        for name, _ in keys['tiny_backbone' if last_stage is None else 'tiny_classifier']
+    }
+    return {name: weights.make(upstream[name], tuple(v.shape)) for name, v in backbone.state_dict().items()}
+
+
 def train_loss(backbone, image):
     outputs = backbone(image)
     return sum((out * weights.image(tuple(out.shape), 44 + i)).mean() for i, out in enumerate(outputs))
@@ -59,11 +68,7 @@ def test_trajectory_equals_reference(keys, goldens):
     arch = dict(embed_dims=16, depths=(1, 1, 2, 1))
     backbone = SpatialMamba(arch, out_indices=-1, drop_path_rate=0.0).train()
     head = nn.Linear(128, 10)
-    ours_to_upstream = {from_upstream(name, last_stage=3): name for name, _ in keys['tiny_classifier']}
-    # The depths of stages 0, 1, 2 and 3 are at least 1, 1, 2 and 1 in the list of names, too.
-    state = {
-        name: weights.make(ours_to_upstream[name], tuple(value.shape)) for name, value in backbone.state_dict().items()
-    }
+    state = reference_state(backbone, keys, last_stage=3)
     backbone.load_state_dict(state, strict=True)
     head.load_state_dict({n: weights.make(f'head.{n}', tuple(p.shape)) for n, p in head.state_dict().items()})
     image, labels = weights.image((8, 3, 64, 64), 51), torch.arange(8)
@@ -214,21 +219,23 @@ def test_pretrained_none_starts_from_scratch_and_says_so(tmp_path, capfd):
     MMLogger.get_instance('test_pretrained_none')
     backbone = small(init_cfg=dict(type='Pretrained', checkpoint=None))
     backbone.init_weights()
-    assert 'training starts from scratch' in capfd.readouterr().err
+    assert 'training starts from scratch' in capfd.readouterr().out
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'], ids=['bare', 'prefixed'])
 @pytest.mark.parametrize('names', ['ours', 'upstream'])
 def test_pretrained_file_loads(tmp_path, keys, prefix, names):
-    state = weights.state_dict(keys['tiny_backbone'])
-    source = SpatialMamba('tiny')
-    source.load_state_dict(state)
-    state = state if names == 'upstream' else source.state_dict()
-    torch.save({'state_dict': {prefix + key: value for key, value in state.items()}}, tmp_path / 'x.pth')
-    backbone = SpatialMamba('tiny', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth')))
+    state = reference_state(small(), keys)
+    if names == 'upstream':
+        upstream = {from_upstream(name): name for name, _ in keys['tiny_backbone']}
+        saved = {upstream[name]: value for name, value in state.items()}
+    else:
+        saved = state
+    torch.save({'state_dict': {prefix + key: value for key, value in saved.items()}}, tmp_path / 'x.pth')
+    backbone = small(init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth')))
     backbone.init_weights()
     for name, value in backbone.state_dict().items():
-        torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=0)
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
 
 
 def test_upstream_names_load_strictly_inside_a_model(keys):

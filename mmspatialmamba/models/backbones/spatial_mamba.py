@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -94,7 +95,7 @@ class SpatialMamba(BaseModule):
         self.norm_eval = norm_eval
 
         self.stem = Stem(in_channels, embed_dims, norm_cfg)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        rates = iter(np.linspace(0, drop_path_rate, sum(self.depths)).tolist())
         self.stages = nn.ModuleList(
             nn.Sequential(*(SpatialMambaBlock(channels, next(rates), with_cp) for _ in range(depth)))
             for channels, depth in zip(self.out_channels, self.depths)
