@@ -35,6 +35,7 @@ metainfo = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='Resize', scale=crop_size, keep_ratio=True),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

@@ -3,6 +3,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
@@ -10,9 +11,10 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Mixed precision training on the CPU: the forward pass under bfloat16 autocast.
+    """Mixed precision training on the CPU: backbone and neck under bfloat16 autocast, heads and losses in float32.
 
-    mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has float32's range, so that the loss needs no scaling.
+    mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has float32's range, so that the loss needs no scaling. The heads
+    stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU.
 
     Args:
         loss_scale (object): Taken so that a config of ``AmpOptimWrapper`` runs as it is, and not used.
@@ -30,10 +32,25 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Run the block under autocast, and do what the parent class does for gradient accumulation.
+        """Extract features under autocast within the block, and do what the parent class does there.
 
         Args:
-            model (nn.Module): The model that is trained.
+            model (nn.Module): The model that is trained, or its wrapper. It has a method ``extract_feat``, as the
+                detectors of mmdet, the segmentors of mmseg and the classifiers of mmpretrain have.
         """
-        with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
-            yield
+        module = model.module if is_model_wrapper(model) else model
+        extract_feat = module.extract_feat
+
+        def extract_in_bfloat16(*args, **kwargs):
+            with torch.autocast('cpu', dtype=torch.bfloat16):
+                features = extract_feat(*args, **kwargs)
+            if isinstance(features, torch.Tensor):
+                return features.float()
+            return tuple(feature.float() for feature in features)
+
+        module.extract_feat = extract_in_bfloat16
+        try:
+            with super().optim_context(model):
+                yield
+        finally:
+            del module.extract_feat

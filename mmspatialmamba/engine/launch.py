@@ -178,7 +178,10 @@ def use_cpu_amp(cfg: Config, args: Namespace, argv: list[str]) -> list[str]:
         return argv
     option = 'optim_wrapper.type=CPUAmpOptimWrapper'
     if int(os.environ.get('RANK', 0)) == 0:
-        print(f'No GPU: mixed precision is bfloat16 autocast, with --cfg-options {option}', flush=True)
+        print(
+            f'No GPU: mixed precision is bfloat16 autocast of backbone and neck, with --cfg-options {option}',
+            flush=True,
+        )
     return [argument for argument in argv if argument != '--amp'] + ['--cfg-options', option]
 
 
