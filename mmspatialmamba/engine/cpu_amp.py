@@ -13,8 +13,8 @@ from torch import nn
 class CPUAmpOptimWrapper(OptimWrapper):
     """Mixed precision training on the CPU: backbone and neck under bfloat16 autocast, heads and losses in float32.
 
-    mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has float32's range, so that the loss needs no scaling. The heads
-    stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU.
+    mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has float32's range, so that the loss needs no scaling. The
+    heads stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU.
 
     Args:
         loss_scale (object): Taken so that a config of ``AmpOptimWrapper`` runs as it is, and not used.
