@@ -96,6 +96,7 @@ def test_stock_test_reports_the_metric_and_paints(trained, workspace, tmp_path):
     run(
         workspace, sys.executable, stock_script(library, 'test.py'), config_of(library), checkpoint,
         '--work-dir', tmp_path, '--show-dir', tmp_path / 'painted',
+        '--cfg-options', 'default_hooks.visualization.interval=1',
     )  # fmt: skip
     assert LIBRARIES[library][1] in read_metrics(tmp_path)
     assert [*tmp_path.rglob('*.png'), *tmp_path.rglob('*.jpg')]

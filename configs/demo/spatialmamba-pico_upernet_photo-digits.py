@@ -99,5 +99,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=40),
     dict(type='PolyLR', eta_min=1e-5, power=0.9, begin=40, end=320, by_epoch=False),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=160, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=20), checkpoint=dict(interval=160, max_keep_ckpts=1), visualization=dict(interval=10)
+)
 randomness = dict(seed=0)
