@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def print_table() -> None:
 
 def main() -> None:
     """Make the data, train, test, and show the results."""
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     os.chdir(ROOT)
     start = time.monotonic()
     converter = [sys.executable, 'tools/dataset_converters/photo_digits.py', '--out', DATA, '--size', 96]

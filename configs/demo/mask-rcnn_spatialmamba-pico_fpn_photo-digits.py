@@ -76,5 +76,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=60),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1), visualization=dict(score_thr=0.5))
+visualizer = dict(line_width=1)
 randomness = dict(seed=0)
