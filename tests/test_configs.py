@@ -102,7 +102,13 @@ def test_builds_at_its_own_size(path):
     assert [backbone.out_channels[i] for i in backbone.out_indices] == list(wanted)
 
 
-@pytest.mark.parametrize('path', FILES.values(), ids=FILES)
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, id=stem, marks=pytest.mark.slow if '-small' in stem or '-base' in stem else ())
+        for stem, path in FILES.items()
+    ],
+)
 def test_trains_a_step_and_predicts(path):
     cfg = load(path)
     if path in PUBLISHED.values():
@@ -159,6 +165,7 @@ def test_weight_decay_follows_the_upstream_names(keys, stem):
     assert 0.0 in expected.values() and decay in expected.values()
 
 
+@pytest.mark.slow
 def test_upstream_classifier_loads_and_gives_its_logits(keys, goldens):
     import weights
 

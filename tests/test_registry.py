@@ -13,6 +13,7 @@ def run_python(code, cwd):
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('library', LIBRARIES)
 def test_resolves_from_any_directory(tmp_path, library):
     config = tmp_path / 'config.py'
