@@ -38,14 +38,14 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def run(cwd, *command, **environment):
+def run(cwd, *command):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = str(probe.getsockname()[1])
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': port, 'PYTHON': sys.executable, **environment},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': port, 'PYTHON': sys.executable},
         capture_output=True,
         text=True,
     )

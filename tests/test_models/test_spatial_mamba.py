@@ -151,9 +151,9 @@ def test_drop_path_rate_grows_linearly():
 def test_frozen_stages(frozen_stages):
     backbone = small(frozen_stages=frozen_stages).train()
     before = copy.deepcopy(backbone.state_dict())
-    train_loss(backbone, torch.randn(2, 3, 32, 32)) if frozen_stages == 4 else train_loss(
-        backbone, torch.randn(2, 3, 32, 32)
-    ).backward()
+    loss = train_loss(backbone, torch.randn(2, 3, 32, 32))
+    if frozen_stages < 4:
+        loss.backward()
     for name, parameter in backbone.named_parameters():
         root, _, rest = name.partition('.')
         stage = int(root[4:]) if root.startswith('norm') else int(rest.split('.')[0]) if root != 'stem' else -1
@@ -215,7 +215,7 @@ def test_bfloat16_autocast_trains():
     assert all(p.grad.isfinite().all() for p in backbone.parameters())
 
 
-def test_pretrained_none_starts_from_scratch_and_says_so(tmp_path, capfd):
+def test_pretrained_none_starts_from_scratch_and_says_so(capfd):
     MMLogger.get_instance('test_pretrained_none')
     backbone = small(init_cfg=dict(type='Pretrained', checkpoint=None))
     backbone.init_weights()
