@@ -1,4 +1,5 @@
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_builds_at_its_own_size(path):
 @pytest.mark.parametrize(
     'path',
     [
-        pytest.param(path, id=stem, marks=pytest.mark.slow if '-small' in stem or '-base' in stem else ())
+        pytest.param(path, id=stem, marks=pytest.mark.slow if re.search('-small|-base|-3x', stem) else ())
         for stem, path in FILES.items()
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.utils import get_installed_path
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mmspatialmamba.datasets.photo_digits import make_photo_digits
 
@@ -39,13 +39,10 @@ def workspace(tmp_path_factory):
 
 
 def run(cwd, *command):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': port, 'PYTHON': sys.executable},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': str(get_free_port()), 'PYTHON': sys.executable},
         capture_output=True,
         text=True,
     )

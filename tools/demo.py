@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from mmengine.registry import MODELS
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK_DIR = Path('work_dirs/demo')
@@ -73,13 +73,6 @@ def run(name: str, command: list, folder: Path, **environment: str) -> None:
     print(f'demo: {folder.name}, {name}: {seconds / 60:.1f} min', flush=True)
 
 
-def free_port() -> str:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
-
-
 def train(task: str, *options: str) -> Path:
     """Train a task in ``NUM_PROCESSES`` processes, resuming what an interrupted run left.
 
@@ -94,7 +87,7 @@ def train(task: str, *options: str) -> Path:
     command = ['bash', 'tools/dist_train.sh', CONFIGS[task], NUM_PROCESSES, '--work-dir', folder, '--resume']
     if options:
         command += ['--cfg-options', *options]
-    run('train', command, folder, PYTHON=sys.executable, OMP_NUM_THREADS='1', PORT=free_port())
+    run('train', command, folder, PYTHON=sys.executable, OMP_NUM_THREADS='1', PORT=str(get_free_port()))
     return Path((folder / 'last_checkpoint').read_text().strip())
 
 

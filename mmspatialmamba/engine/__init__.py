@@ -1,3 +1,4 @@
 from .cpu_amp import CPUAmpOptimWrapper
+from .logger_hook import MainProcessLoggerHook
 
-__all__ = ['CPUAmpOptimWrapper']
+__all__ = ['CPUAmpOptimWrapper', 'MainProcessLoggerHook']

@@ -185,6 +185,21 @@ def use_cpu_amp(cfg: Config, args: Namespace, argv: list[str]) -> list[str]:
     return [argument for argument in argv if argument != '--amp'] + ['--cfg-options', option]
 
 
+def metrics_options(cfg: Config) -> list[str]:
+    """List the overrides that let one of several processes alone write the metrics of a test.
+
+    Args:
+        cfg (Config): The config. A logger hook other than mmengine's is kept.
+
+    Returns:
+        list[str]: Values for ``--cfg-options``.
+    """
+    hook = cfg.get('default_hooks', {}).get('logger', {'type': 'LoggerHook'})
+    if hook is None or hook.get('type') != 'LoggerHook':
+        return []
+    return ['default_hooks.logger.type=MainProcessLoggerHook']
+
+
 def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
     """Join the group of CPU processes, over gloo.
 
@@ -244,10 +259,12 @@ def launch(task: str, argv: list[str]) -> None:
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)
     on_cpu = get_device() == 'cpu'
-    if on_cpu:
-        cfg.merge_from_dict(args.cfg_options or {})
-        if task == 'train':
-            sys.argv = use_cpu_amp(cfg, args, sys.argv)
+    cfg.merge_from_dict(args.cfg_options or {})
+    if on_cpu and task == 'train':
+        sys.argv = use_cpu_amp(cfg, args, sys.argv)
+    if task == 'test' and args.launcher != 'none':
+        options = metrics_options(cfg)
+        sys.argv += ['--cfg-options', *options] if options else []
     if on_cpu and args.launcher != 'none':
         sys.argv += start_cpu_process(cfg, args, task)
         try:

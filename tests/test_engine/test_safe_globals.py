@@ -134,12 +134,14 @@ def checkpoints(work_dir):
     return paths
 
 
+@pytest.mark.slow
 def test_mmengine_loads_its_checkpoints_once_the_package_is_imported(checkpoints):
     result = run_python('import mmspatialmamba\n' + textwrap.dedent(LOAD), *checkpoints)
     assert result.returncode == 0, result.stderr
     assert len([line for line in result.stdout.splitlines() if '.pth 2 4 ' in line]) == 1
 
 
+@pytest.mark.slow
 def test_without_the_package_they_are_refused(checkpoints):
     result = run_python(LOAD, checkpoints[-1])
     assert result.returncode != 0
@@ -154,6 +156,7 @@ def test_runner_resumes_once_the_package_is_imported(work_dir, checkpoints):
     assert 'reached epoch 3' in result.stdout
 
 
+@pytest.mark.slow
 def test_the_list_holds_nothing_that_the_checkpoints_do_not(checkpoints):
     code = """
         import sys

@@ -35,7 +35,7 @@ def train_loss(backbone, image):
     return sum((out * weights.image(tuple(out.shape), 44 + i)).mean() for i, out in enumerate(outputs))
 
 
-@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+@pytest.mark.parametrize('arch', ['tiny', 'small', pytest.param('base', marks=pytest.mark.slow)])
 def test_outputs_equal_reference(keys, goldens, arch):
     backbone = SpatialMamba(arch).eval()
     backbone.load_state_dict(weights.state_dict(keys[f'{arch}_backbone']), strict=True)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.fileio import load
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mmspatialmamba.engine import launch
 
@@ -300,6 +300,23 @@ def test_sync_bn_becomes_bn_on_cpu():
     assert cfg.sync_bn is None
 
 
+@pytest.mark.parametrize(
+    ('hooks', 'expected'),
+    [
+        ({}, ['default_hooks.logger.type=MainProcessLoggerHook']),
+        (
+            {'logger': {'type': 'LoggerHook', 'interval': 5}},
+            ['default_hooks.logger.type=MainProcessLoggerHook'],
+        ),
+        ({'logger': {'type': 'MyLoggerHook'}}, []),
+        ({'logger': None}, []),
+    ],
+    ids=['default', 'LoggerHook', 'own hook', 'no hook'],
+)
+def test_one_process_writes_the_metrics(hooks, expected):
+    assert launch.metrics_options(Config({'default_hooks': hooks})) == expected
+
+
 def run_script(*args: object, cwd: Path, **env: object) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, args)), cwd=cwd, capture_output=True, text=True, env=cpu_environment(**env))
 
@@ -308,12 +325,6 @@ def cpu_environment(**env: object) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
     kept.update(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PYTHON=sys.executable)
     return {**kept, **{key: str(value) for key, value in env.items()}}
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
 
 
 @pytest.mark.parametrize('task', ['train', 'test'])
@@ -455,7 +466,7 @@ def train_two_processes(config: Path, work_dir: Path) -> str:
         *(TOOLS / 'dist_train.sh', config, 2, '--work-dir', work_dir),
         *('--cfg-options', 'train_dataloader.batch_size=2'),
         cwd=config.parent,
-        PORT=free_port(),
+        PORT=get_free_port(),
     )
     assert result.returncode == 0, result.stderr
     check_stderr(result.stderr)
@@ -463,7 +474,7 @@ def train_two_processes(config: Path, work_dir: Path) -> str:
 
 
 def train_two_nodes(config: Path, work_dir: Path) -> str:
-    port = free_port()
+    port = get_free_port()
     nodes = []
     for rank in range(2):
         args = (TOOLS / 'dist_train.sh', config, 1, '--work-dir', work_dir)
@@ -521,11 +532,13 @@ def test_two_processes_test_like_one(classifier, one_process, tmp_path):
         result = run_script(
             *(*command, '--work-dir', work_dir, '--tta', '--out', out),
             cwd=tmp_path,
-            PORT=free_port(),
+            PORT=get_free_port(),
         )
         assert result.returncode == 0, result.stderr
         check_stderr(result.stderr)
         predictions.append(load(out))
+        (metrics,) = work_dir.glob('*/*.json')
+        assert 'accuracy/top1' in json.loads(metrics.read_text())
     assert [len(p) for p in predictions] == [4, 4]
     for one, two in zip(*predictions):
         assert one['img_path'] == two['img_path']
@@ -537,7 +550,7 @@ def test_a_failing_process_fails_the_job(classifier, tmp_path):
     stages = "9 if __import__('os').environ.get('RANK') == '1' else -1"
     config = tmp_path / 'failing.py'
     config.write_text(classifier.read_text().replace('norm_eval=True', f'frozen_stages={stages}'))
-    result = run_script(TOOLS / 'dist_train.sh', config, 2, cwd=tmp_path, PORT=free_port())
+    result = run_script(TOOLS / 'dist_train.sh', config, 2, cwd=tmp_path, PORT=get_free_port())
     assert result.returncode != 0
     assert 'frozen_stages' in result.stderr
     assert not list(tmp_path.rglob('*.pth'))
