@@ -7,26 +7,95 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
 
-from . import torch_backend
+import torch
+
+from . import library, torch_backend
 
 _ENVIRONMENT_VARIABLE = 'MMSPATIALMAMBA_BACKEND'
-_BACKENDS: dict[str, ModuleType] = {'torch': torch_backend}
+_PREFERENCE = ('native', 'triton', 'torch')
 _chosen: ContextVar[str | None] = ContextVar('mmspatialmamba_backend', default=None)
+
+
+def _load_native() -> str | None:
+    """Load the compiled ops, or say why not."""
+    path = Path(__file__).with_name('_native.so')
+    if not path.is_file():
+        return 'its ops were not compiled; reinstall mmspatialmamba with MMSPATIALMAMBA_WITH_OPS=1 to compile them'
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = ' '.join(str(error).split())
+        return f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
+    library.register('native')
+    return None
+
+
+def _register_triton() -> str | None:
+    """Register the Triton kernels, or say why not. Triton itself is imported by their first call."""
+    if find_spec('triton') is None:
+        return 'triton is not installed; run "pip install triton"'
+
+    def late(op):
+        def kernel(*args):
+            from . import triton
+
+            return getattr(triton, op)(*args)
+
+        return kernel
+
+    library.register('triton', {op: late(op) for op in library.SCHEMAS})
+    return None
+
+
+library.register('torch', torch_backend.KERNELS)
+_MISSING = {'native': _load_native(), 'triton': _register_triton(), 'torch': None}
+
+
+@cache
+def _native_runs_on(device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        'mmspatialmamba_native::structure_aware_scan', {'cpu': 'CPU', 'cuda': 'CUDA'}.get(device, 'Meta')
+    )
+
+
+def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend cannot run on a device, with what would make it usable, or None where it can.
+
+    Args:
+        name (str): 'native', 'triton' or 'torch'.
+        device (str): Type of the device, such as 'cpu' or 'cuda'.
+        dtype (torch.dtype): The widest dtype among the inputs. Defaults to ``torch.float32``.
+    """
+    if _MISSING[name]:
+        return _MISSING[name]
+    if name == 'torch':
+        return None
+    if dtype == torch.float64:
+        return 'it computes in float32; convert the float64 inputs, or use the torch backend'
+    if name == 'native' and not _native_runs_on(device):
+        if device == 'cuda':
+            return 'it was compiled without CUDA; reinstall mmspatialmamba with CUDA_HOME set, or with FORCE_CUDA=1'
+        return f'it has no kernels for {device} tensors'
+    if name == 'triton' and device != 'cuda' and os.environ.get('TRITON_INTERPRET') != '1':
+        return f'it has no kernels for {device} tensors, except in its interpreter, with TRITON_INTERPRET=1'
+    return None
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine, the preferred one first."""
-    return tuple(_BACKENDS)
+    devices = ('cuda', 'cpu') if torch.cuda.is_available() else ('cpu',)
+    return tuple(name for name in _PREFERENCE if any(why_unusable(name, device) is None for device in devices))
 
 
-def _check(name: str, asked_by: str) -> str:
-    if name not in _BACKENDS:
-        raise ValueError(
-            f'{asked_by} asks for the backend {name!r}, which this installation does not have; '
-            f'choose one of: {", ".join(available_backends())}'
-        )
+def _check(name: str, asked_by: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    if name not in _PREFERENCE:
+        raise ValueError(f'{asked_by} asks for the backend {name!r}: it must be one of {", ".join(_PREFERENCE)}')
+    reason = why_unusable(name, device, dtype)
+    if reason:
+        raise ValueError(f'{asked_by} asks for the backend {name!r}, which cannot run here: {reason}')
     return name
 
 
@@ -35,12 +104,14 @@ def use_backend(name: str):
     """Run the ops called inside the ``with`` block, by this thread or task, on one backend.
 
     Args:
-        name (str): One of :func:`available_backends`.
+        name (str): 'native', 'triton' or 'torch'; :func:`available_backends` lists which of them run here.
 
     Raises:
-        ValueError: If this installation does not have the backend.
+        ValueError: If the backend cannot run on this machine, or, from an op inside the block, on its inputs.
     """
-    token = _chosen.set(_check(name, 'use_backend'))
+    if name not in available_backends():
+        _check(name, 'use_backend', 'cuda' if torch.cuda.is_available() else 'cpu')
+    token = _chosen.set(name)
     try:
         yield
     finally:
@@ -48,19 +119,33 @@ def use_backend(name: str):
 
 
 @cache
-def _automatic() -> str:
-    name = available_backends()[0]
-    logging.getLogger('mmspatialmamba').info('ops run on the %r backend', name)
-    return name
+def _log_choice(name: str, device: str) -> None:
+    logging.getLogger('mmspatialmamba').info('ops on %s tensors run on the %r backend', device, name)
 
 
-def current_backend() -> ModuleType:
-    """The backend of the next op: of ``use_backend``, else of ``MMSPATIALMAMBA_BACKEND``, else the preferred one.
+def kernels(*tensors: torch.Tensor):
+    """The ops of the backend that runs the next call: that of ``use_backend``, else of ``MMSPATIALMAMBA_BACKEND``, else
+    the preferred one for these inputs.
+
+    Args:
+        *tensors (Tensor): The op's inputs.
+
+    Returns:
+        A namespace of ``torch.ops``.
 
     Raises:
-        ValueError: If ``MMSPATIALMAMBA_BACKEND`` names a backend that this installation does not have.
+        ValueError: If a backend was asked for that cannot run on these inputs.
     """
+    device, dtype = tensors[0].device.type, torch_backend.compute_dtype(*tensors)
     name = _chosen.get()
-    if name is None and _ENVIRONMENT_VARIABLE in os.environ:
-        name = _check(os.environ[_ENVIRONMENT_VARIABLE], f'the environment variable {_ENVIRONMENT_VARIABLE}')
-    return _BACKENDS[name or _automatic()]
+    if name is not None:
+        _check(name, 'use_backend', device, dtype)
+    elif _ENVIRONMENT_VARIABLE in os.environ:
+        name = _check(
+            os.environ[_ENVIRONMENT_VARIABLE], f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype
+        )
+    else:
+        name = next(name for name in _PREFERENCE if why_unusable(name, device, dtype) is None)
+        if not torch.compiler.is_compiling():
+            _log_choice(name, device)
+    return getattr(torch.ops, f'mmspatialmamba_{name}')

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import current_backend
+from . import backend
 from .checks import check_shape
 
 
@@ -43,4 +43,4 @@ def selective_scan(
     check_shape(op, 'B', B, (batch, A.shape[1], length))
     if delta_bias is not None:
         check_shape(op, 'delta_bias', delta_bias, (dim,))
-    return current_backend().selective_scan(u, delta, A, B, delta_bias, delta_softplus)
+    return backend.kernels(u, delta, A, B).selective_scan(u, delta, A, B, delta_bias, delta_softplus)

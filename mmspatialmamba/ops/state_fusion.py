@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend import current_backend
+from . import backend
 from .checks import check_kernels, check_shape
 
 
@@ -28,4 +28,4 @@ def state_fusion(h: torch.Tensor, kernels: Sequence[torch.Tensor], alpha: torch.
     """
     check_shape('state_fusion', 'h', h, (None, None, None, None))
     check_kernels('state_fusion', kernels, alpha, h.shape[1])
-    return current_backend().state_fusion(h, kernels, alpha)
+    return backend.kernels(h, alpha, *kernels).state_fusion(h, *kernels, alpha)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend import current_backend
+from . import backend
 from .checks import check_kernels, check_shape
 
 
@@ -55,4 +55,5 @@ def structure_aware_scan(
     check_kernels(op, kernels, alpha, dim)
     if delta_bias is not None:
         check_shape(op, 'delta_bias', delta_bias, (dim,))
-    return current_backend().structure_aware_scan(u, delta, A, B, C, D, kernels, alpha, delta_bias, delta_softplus)
+    ops = backend.kernels(u, delta, A, B, C, D, alpha, *kernels)
+    return ops.structure_aware_scan(u, delta, A, B, C, D, *kernels, alpha, delta_bias, delta_softplus)

@@ -6,7 +6,7 @@ Everything here is differentiable any number of times and computes in float32, o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,8 @@ class _LinearRecurrence(torch.autograd.Function):
         return grad_drive * previous, grad_drive
 
 
-def _compute_dtype(*tensors):
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 where one of the tensors is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -77,7 +78,7 @@ def _time_step(delta, bias, softplus):
 
 
 def selective_scan(u, delta, A, B, delta_bias, delta_softplus):
-    dtype = _compute_dtype(u, delta, A, B)
+    dtype = compute_dtype(u, delta, A, B)
     with torch.autocast(u.device.type, enabled=False):
         u, delta, B = (x.to(dtype).transpose(1, 2) for x in (u, delta, B))
         A = A.to(dtype)
@@ -104,25 +105,71 @@ def _dilated_depthwise_conv(h, kernel, dilation):
     return fused[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def state_fusion(h, kernels: Sequence[torch.Tensor], alpha):
-    dtype = _compute_dtype(h, alpha, *kernels)
+def state_fusion(h, k1, k3, k5, alpha):
+    dtype = compute_dtype(h, k1, k3, k5, alpha)
     with torch.autocast(h.device.type, enabled=False):
         h = h.to(dtype)
         return sum(
             _dilated_depthwise_conv(h, (weight.to(dtype) * kernel.to(dtype)), dilation)
-            for kernel, weight, dilation in zip(kernels, alpha, (1, 3, 5))
+            for kernel, weight, dilation in zip((k1, k3, k5), alpha, (1, 3, 5))
         )
 
 
-def structure_aware_scan(u, delta, A, B, C, D, kernels, alpha, delta_bias, delta_softplus):
+def structure_aware_scan(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
     height, width = u.shape[2:]
-    dtype = _compute_dtype(u, delta, A, B, C, D, alpha, *kernels)
+    dtype = compute_dtype(u, delta, A, B, C, D, k1, k3, k5, alpha)
     with torch.autocast(u.device.type, enabled=False):
         x, step, drive_in = (t.to(dtype).permute(0, 2, 3, 1).flatten(1, 2) for t in (u, delta, B))
         dt = _time_step(step, None if delta_bias is None else delta_bias.to(dtype), delta_softplus)
         decay = torch.exp(dt * A.to(dtype).flatten())
         h = _LinearRecurrence.apply(decay, dt * drive_in * x)
         h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        g = state_fusion(h, kernels, alpha)
+        g = state_fusion(h, k1, k3, k5, alpha)
         y = C.to(dtype) * g + D.to(dtype).view(-1, 1, 1) * u.to(dtype)
         return y.to(u.dtype)
+
+
+def _opaque(function: Callable, dense_like_first: bool) -> Callable:
+    """Make a kernel of a function: a fresh tensor, in the memory format of the first argument where asked for."""
+
+    def kernel(*args):
+        out = function(*args)
+        like = torch.empty_like(args[0], dtype=out.dtype) if dense_like_first else out.new_empty(out.shape)
+        return like.copy_(out)
+
+    return kernel
+
+
+def _backward(function: Callable, first: int) -> Callable:
+    """The gradients of ``function`` from a recomputed forward pass.
+
+    Args:
+        function (Callable): An op of this module.
+        first (int): Position of the op's first input among the arguments of its backward op.
+    """
+
+    def kernel(grad, *args):
+        inputs = args[first - 1 :]
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+
+        def of_tensors(*values):
+            values = iter(values)
+            return function(*(next(values) if isinstance(t, torch.Tensor) else t for t in inputs))
+
+        _, vjp = torch.func.vjp(of_tensors, *tensors)
+        gradients = [torch.empty_like(t).copy_(g) for t, g in zip(tensors, vjp(grad))]
+        if None in inputs:
+            gradients.append(inputs[2].new_zeros(inputs[2].shape[0]))
+        return tuple(gradients)
+
+    return kernel
+
+
+KERNELS = {
+    'selective_scan': _opaque(selective_scan, dense_like_first=False),
+    'selective_scan_backward': _backward(selective_scan, 2),
+    'state_fusion': _opaque(state_fusion, dense_like_first=True),
+    'state_fusion_backward': _backward(state_fusion, 1),
+    'structure_aware_scan': _opaque(structure_aware_scan, dense_like_first=True),
+    'structure_aware_scan_backward': _backward(structure_aware_scan, 1),
+}

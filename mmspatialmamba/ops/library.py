@@ -1,0 +1,147 @@
+"""Registers each backend's kernels with torch.library, so that they differentiate, compile and export.
+
+The three backends have the same ops, in a namespace each: ``mmspatialmamba_torch``, ``mmspatialmamba_triton`` and
+``mmspatialmamba_native``. The first two's kernels are Python functions; the third's are compiled, and define their
+schemas themselves (csrc/extension.cpp). An op of autocast's lists is none of them: they take mixed dtypes as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from . import torch_backend
+
+SCHEMAS = {
+    'selective_scan': '(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus) -> Tensor',
+    'selective_scan_backward': (
+        '(Tensor grad, Tensor h, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus)'
+        f' -> ({", ".join(["Tensor"] * 5)})'
+    ),
+    'state_fusion': '(Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha) -> Tensor',
+    'state_fusion_backward': (
+        '(Tensor grad, Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha)'
+        f' -> ({", ".join(["Tensor"] * 5)})'
+    ),
+    'structure_aware_scan': (
+        '(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor k1, Tensor k3, Tensor k5, '
+        'Tensor alpha, Tensor? delta_bias, bool delta_softplus) -> Tensor'
+    ),
+    'structure_aware_scan_backward': (
+        '(Tensor grad, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor k1, Tensor k3, '
+        f'Tensor k5, Tensor alpha, Tensor? delta_bias, bool delta_softplus) -> ({", ".join(["Tensor"] * 11)})'
+    ),
+}
+
+
+def _fake_selective_scan(u, delta, A, B, delta_bias, delta_softplus):
+    dtype = torch_backend.compute_dtype(u, delta, A, B)
+    return u.new_empty((u.shape[0], *A.shape, u.shape[2]), dtype=dtype)
+
+
+def _fake_state_fusion(h, k1, k3, k5, alpha):
+    return torch.empty_like(h, dtype=torch_backend.compute_dtype(h, k1, k3, k5, alpha))
+
+
+def _fake_structure_aware_scan(u, *others):
+    return torch.empty_like(u)
+
+
+def _like_the_inputs(first: int) -> Callable:
+    """Gradients of every tensor argument from the position ``first`` on; that of an absent bias is of A's shape."""
+
+    def fake(*args):
+        inputs = args[first:]
+        gradients = [torch.empty_like(t) for t in inputs if isinstance(t, torch.Tensor)]
+        if inputs[-2] is None:
+            gradients.append(inputs[2].new_empty(inputs[2].shape[0]))
+        return tuple(gradients)
+
+    return fake
+
+
+FAKES = {
+    'selective_scan': _fake_selective_scan,
+    'selective_scan_backward': _like_the_inputs(2),
+    'state_fusion': _fake_state_fusion,
+    'state_fusion_backward': lambda grad, *inputs: tuple(torch.empty_like(t) for t in inputs),
+    'structure_aware_scan': _fake_structure_aware_scan,
+    'structure_aware_scan_backward': _like_the_inputs(1),
+}
+
+
+def _register_autograd(namespace: str, op: str) -> None:
+    """Differentiate ``op`` by its backward op, and that, for second derivatives, by the truth.
+
+    What is kept for the backward pass is the inputs, and of a selective scan its output.
+    """
+    keeps_output = op == 'selective_scan'
+
+    def setup_context(ctx, inputs, output):
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        ctx.save_for_backward(*tensors, *([output] if keeps_output else []))
+        ctx.layout = [None if isinstance(t, torch.Tensor) else t for t in inputs]
+        ctx.is_tensor = [isinstance(t, torch.Tensor) for t in inputs]
+
+    def restore(ctx):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.layout)]
+        return inputs, list(saved)
+
+    def pad(ctx, gradients):
+        """None for each argument that is no tensor."""
+        gradients = iter(gradients)
+        return tuple(next(gradients) if is_tensor else None for is_tensor in ctx.is_tensor)
+
+    def backward(ctx, grad):
+        inputs, output = restore(ctx)
+        backward_op = getattr(getattr(torch.ops, namespace), f'{op}_backward')
+        return pad(ctx, backward_op(grad, *output, *inputs))
+
+    def setup_second(ctx, inputs, output):
+        setup_inputs = [inputs[0], *inputs[2:]] if keeps_output else list(inputs)
+        ctx.save_for_backward(*[t for t in setup_inputs if isinstance(t, torch.Tensor)])
+        ctx.layout = [None if isinstance(t, torch.Tensor) else t for t in setup_inputs]
+        ctx.is_tensor = [isinstance(t, torch.Tensor) for t in setup_inputs]
+
+    def second_backward(ctx, *grads):
+        (grad, *inputs), _ = restore(ctx)
+        function = getattr(torch_backend, op)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in (grad, *inputs)]
+            tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+            first = torch.autograd.grad(function(*leaves[1:]), tensors[1:], leaves[0], create_graph=True)
+            chosen = [(f, g) for f, g in zip(first, grads) if g is not None and f.requires_grad]
+            second = torch.autograd.grad(
+                [f for f, _ in chosen], tensors, [g for _, g in chosen], allow_unused=True, materialize_grads=True
+            )
+        second = pad(ctx, second)
+        return (second[0], None, *second[1:]) if keeps_output else second
+
+    torch.library.register_autograd(f'{namespace}::{op}', backward, setup_context=setup_context)
+    torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second)
+
+
+_libraries = []
+
+
+def register(backend: str, kernels: Mapping[str, Callable] | None = None) -> None:
+    """Register the six ops of a backend.
+
+    Args:
+        backend (str): Name of the backend; the ops' namespace is ``mmspatialmamba_`` and this.
+        kernels (Mapping[str, Callable], optional): A Python function for each key of ``SCHEMAS``. Defaults to None,
+            for ops which a loaded library defined.
+    """
+    namespace = f'mmspatialmamba_{backend}'
+    if kernels is not None:
+        library = torch.library.Library(namespace, 'FRAGMENT')
+        _libraries.append(library)
+        for op, schema in SCHEMAS.items():
+            library.define(op + schema)
+            library.impl(op, kernels[op], 'CompositeExplicitAutograd')
+    for op, fake in FAKES.items():
+        torch.library.register_fake(f'{namespace}::{op}', fake)
+        if not op.endswith('_backward'):
+            _register_autograd(namespace, op)
