@@ -1,0 +1,85 @@
+// The CPU kernels' interface: plain data, and a table of functions for each instruction set. Knows nothing of torch.
+#pragma once
+
+#include <stdint.h>
+
+namespace mmspatialmamba {
+
+constexpr int kBlock = 32;  // channels that one task handles
+constexpr int kTaps = 25;   // of a fusion: 9 of dilation 1, then 8 of dilation 3, then 8 of dilation 5
+
+enum class Type { kFloat, kBFloat16, kHalf };
+
+// A (batch, channel, height, width) tensor; strides count elements.
+struct Map {
+  void* data;
+  Type type;
+  int64_t batch, channel, row, column;
+};
+
+struct ScanArgs {
+  int64_t batch, dim, height, width;
+  Map u, delta;
+  const float* A;     // (dim)
+  const float* B;     // (batch, height * width)
+  const float* C;     // (batch, height * width)
+  const float* D;     // (dim)
+  const float* taps;  // (kTaps, dim)
+  const float* bias;  // (dim), or null
+  bool softplus;
+};
+
+struct ScanGradients {
+  Map y;        // the gradient that comes in
+  Map u, delta; // those that go out
+  float* B;     // (blocks, batch, height * width), to be summed over blocks
+  float* C;     // like B
+  float* sums;  // (kTaps + 3, batch, dim), to be summed over batch: of taps, A, D, bias
+};
+
+struct FusionArgs {
+  int64_t batch, dim, height, width;
+  Map h;
+  const float* taps;  // (kTaps, dim)
+};
+
+struct SelectiveScanArgs {
+  int64_t batch, dim, length, state;
+  Map u, delta;       // (batch, dim, 1, length)
+  const float* A;     // (dim, state)
+  const float* B;     // (batch, state, length)
+  const float* bias;  // (dim), or null
+  bool softplus;
+};
+
+// A task is one image of the batch and one block of channels. `scratch` is memory for its own use, see below, aligned
+// to 64 bytes.
+struct Kernels {
+  void (*scan)(const ScanArgs&, const Map& y, int64_t batch, int64_t block, float* scratch);
+  void (*scan_backward)(const ScanArgs&, const ScanGradients&, int64_t batch, int64_t block, float* scratch);
+  void (*fusion)(const FusionArgs&, const Map& g, int64_t batch, int64_t block, float* scratch);
+  // sums: (kTaps, batch, dim)
+  void (*fusion_backward)(const FusionArgs&, const Map& grad, const Map& grad_h, float* sums, int64_t batch,
+                          int64_t block, float* scratch);
+  // h: (batch, dim, state, length)
+  void (*selective_scan)(const SelectiveScanArgs&, float* h, int64_t batch, int64_t block, float* scratch);
+  // B: (blocks, batch, state, length); A: (batch, dim, state); bias: (batch, dim)
+  void (*selective_scan_backward)(const SelectiveScanArgs&, const float* grad, const float* h, const Map& grad_u,
+                                  const Map& grad_delta, float* grad_A, float* grad_B, float* grad_bias,
+                                  int64_t batch, int64_t block, float* scratch);
+};
+
+inline int64_t blocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }
+
+// Floats of scratch memory that a task needs.
+namespace scratch {
+inline int64_t rows(int64_t count, int64_t width) { return count * width * kBlock; }
+inline int64_t scan(int64_t width) { return rows(11, width + 10) + rows(3, width); }
+inline int64_t scan_backward(int64_t height, int64_t width) { return rows(height + 11, width + 10) + rows(6, width); }
+inline int64_t fusion(int64_t width) { return rows(11, width + 10) + rows(2, width); }
+inline int64_t fusion_backward(int64_t width) { return rows(22, width + 10) + rows(4, width); }
+inline int64_t selective_scan() { return rows(3, 64); }
+inline int64_t selective_scan_backward(int64_t state) { return rows(6, 64) + rows(2, state); }
+}  // namespace scratch
+
+}  // namespace mmspatialmamba

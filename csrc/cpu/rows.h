@@ -1,0 +1,291 @@
+// Rows of kBlock channels, and the fusion of states over them.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace mmspatialmamba {
+namespace ISA {
+
+constexpr int kVecs = kBlock / kLanes;
+constexpr int kReach = 5;               // of the fusion, in pixels
+constexpr int kWindow = 2 * kReach + 1; // rows that one row of the fusion may read
+
+static ALWAYS_INLINE int64_t padded(int64_t width) { return (width + 2 * kReach) * kBlock; }
+static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static ALWAYS_INLINE int64_t clamp(int64_t x, int64_t high) { return smaller(larger(x, 0), high); }
+
+static ALWAYS_INLINE float to_float(float x) { return x; }
+
+static ALWAYS_INLINE float to_float(uint16_t x) {
+  const uint32_t wide = static_cast<uint32_t>(x) << 16;
+  float result;
+  memcpy(&result, &wide, sizeof(result));
+  return result;
+}
+
+static ALWAYS_INLINE float to_float(_Float16 x) { return static_cast<float>(x); }
+
+template <class T>
+static ALWAYS_INLINE T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+// bfloat16, to the nearest, ties to even.
+template <>
+ALWAYS_INLINE uint16_t from_float<uint16_t>(float x) {
+  uint32_t wide;
+  memcpy(&wide, &x, sizeof(wide));
+  const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// Pixel x's channels start at data + x * stride.
+struct Row {
+  float* data;
+  int64_t stride;
+};
+
+template <class T>
+static void gather(const T* source, const Map& map, int channels, int64_t width, float* target) {
+  if (map.channel == 1 && channels == kBlock) {
+    for (int64_t x = 0; x < width; ++x) {
+      for (int c = 0; c < kBlock; ++c) target[x * kBlock + c] = to_float(source[x * map.column + c]);
+    }
+    return;
+  }
+  if (channels < kBlock) memset(target, 0, width * kBlock * sizeof(float));
+  for (int c = 0; c < channels; ++c) {
+    for (int64_t x = 0; x < width; ++x) target[x * kBlock + c] = to_float(source[c * map.channel + x * map.column]);
+  }
+}
+
+template <class T>
+static void scatter(const float* source, const Map& map, int channels, int64_t width, T* target) {
+  if (map.channel == 1 && channels == kBlock) {
+    for (int64_t x = 0; x < width; ++x) {
+      for (int c = 0; c < kBlock; ++c) target[x * map.column + c] = from_float<T>(source[x * kBlock + c]);
+    }
+    return;
+  }
+  for (int c = 0; c < channels; ++c) {
+    for (int64_t x = 0; x < width; ++x) {
+      target[c * map.channel + x * map.column] = from_float<T>(source[x * kBlock + c]);
+    }
+  }
+}
+
+// One image and one block of channels of a map, read and written by rows of floats. Where the map holds them in that
+// form they are used in place, else they pass through `staging`, kBlock floats a pixel. Channels that the map does not
+// have are zeros.
+class Rows {
+ public:
+  Rows(const Map& map, int64_t batch, int64_t block, int64_t dim, int64_t width, float* staging)
+      : map_(map),
+        origin_(batch * map.batch + block * kBlock * map.channel),
+        width_(width),
+        channels_(static_cast<int>(smaller(kBlock, dim - block * kBlock))),
+        staging_(staging),
+        direct_(map.type == Type::kFloat && map.channel == 1 && channels_ == kBlock) {}
+
+  Row read(int64_t row) const {
+    const int64_t offset = origin_ + row * map_.row;
+    if (direct_) return place(offset);
+    switch (map_.type) {
+      case Type::kFloat: gather(at<float>(offset), map_, channels_, width_, staging_); break;
+      case Type::kBFloat16: gather(at<uint16_t>(offset), map_, channels_, width_, staging_); break;
+      case Type::kHalf: gather(at<_Float16>(offset), map_, channels_, width_, staging_); break;
+    }
+    return {staging_, kBlock};
+  }
+
+  // Where to write a row; `written` must follow.
+  Row open(int64_t row) const {
+    if (direct_) return place(origin_ + row * map_.row);
+    return {staging_, kBlock};
+  }
+
+  void written(int64_t row) const {
+    if (direct_) return;
+    const int64_t offset = origin_ + row * map_.row;
+    switch (map_.type) {
+      case Type::kFloat: scatter(staging_, map_, channels_, width_, at<float>(offset)); break;
+      case Type::kBFloat16: scatter(staging_, map_, channels_, width_, at<uint16_t>(offset)); break;
+      case Type::kHalf: scatter(staging_, map_, channels_, width_, at<_Float16>(offset)); break;
+    }
+  }
+
+ private:
+  template <class T>
+  T* at(int64_t offset) const { return static_cast<T*>(map_.data) + offset; }
+  Row place(int64_t offset) const { return {at<float>(offset), map_.column}; }
+
+  Map map_;
+  int64_t origin_, width_;
+  int channels_;
+  float* staging_;
+  bool direct_;
+};
+
+// A block's part of a parameter, (count, dim) with `stride` floats from one to the next, into (count, kBlock).
+static inline void copy_block(const float* source, int64_t stride, int count, int64_t dim, int64_t block, float* target) {
+  const int64_t first = block * kBlock;
+  for (int i = 0; i < count; ++i) {
+    for (int c = 0; c < kBlock; ++c) {
+      target[i * kBlock + c] = source && first + c < dim ? source[i * stride + first + c] : 0.f;
+    }
+  }
+}
+
+static inline void write_block(const float* source, int64_t dim, int64_t block, float* target) {
+  const int64_t first = block * kBlock;
+  for (int c = 0; c < kBlock && first + c < dim; ++c) target[first + c] = source[c];
+}
+
+// Sums are kept for a row at a time and then added up, which rounds less than one long sum.
+static ALWAYS_INLINE void add(const Vec* values, float* sums) {
+  for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + values[v]);
+}
+
+static inline void pad_with_edges(float* row, int64_t width) {
+  for (int i = 0; i < kReach; ++i) {
+    memcpy(row + i * kBlock, row + kReach * kBlock, kBlock * sizeof(float));
+    memcpy(row + (kReach + width + i) * kBlock, row + (kReach + width - 1) * kBlock, kBlock * sizeof(float));
+  }
+}
+
+static inline void pad_with_zeros(float* row, int64_t width) {
+  memset(row, 0, kReach * kBlock * sizeof(float));
+  memset(row + (kReach + width) * kBlock, 0, kReach * kBlock * sizeof(float));
+}
+
+// A line of the fusion's kernel: taps at dy and up to three dx, the first of them the taps' number `first`.
+struct Line {
+  int dy, first, count, dx[3];
+};
+
+constexpr Line kLines[9] = {
+    {-1, 0, 3, {-1, 0, 1}},  {0, 3, 3, {-1, 0, 1}},  {1, 6, 3, {-1, 0, 1}},
+    {-3, 9, 3, {-3, 0, 3}},  {0, 12, 2, {-3, 3, 0}}, {3, 14, 3, {-3, 0, 3}},
+    {-5, 17, 3, {-5, 0, 5}}, {0, 20, 2, {-5, 5, 0}}, {5, 22, 3, {-5, 0, 5}},
+};
+
+// A pixel of a padded row, relative to the pixel that is computed, and the kernel's weights for it.
+struct Tap {
+  const float* row;
+  const float* weight;
+};
+
+// What `finish` gets: the sums of kPixels pixels from x on, of the channels of vector v.
+template <int kPixels, class Finish>
+static ALWAYS_INLINE void convolve_pixels(const Tap* taps, int count, int64_t x, const Finish& finish) {
+  for (int v = 0; v < kVecs; ++v) {
+    Vec total[kPixels] = {};
+    for (int t = 0; t < count; ++t) {
+      const Vec weight = load(taps[t].weight + v * kLanes);
+      const float* pixel = taps[t].row + x * kBlock + v * kLanes;
+#pragma GCC unroll 8
+      for (int i = 0; i < kPixels; ++i) total[i] += weight * load(pixel + i * kBlock);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kPixels; ++i) finish(x + i, v, total[i]);
+  }
+}
+
+template <class Finish>
+static ALWAYS_INLINE void convolve_row(const Tap* taps, int count, int64_t width, const Finish& finish) {
+  int64_t x = 0;
+  for (; x + 8 <= width; x += 8) convolve_pixels<8>(taps, count, x, finish);
+  if (x + 4 <= width) {
+    convolve_pixels<4>(taps, count, x, finish);
+    x += 4;
+  }
+  for (; x < width; ++x) convolve_pixels<1>(taps, count, x, finish);
+}
+
+// The taps that one output row of the fusion reads; row(r) is the padded row r.
+template <class GetRow>
+static ALWAYS_INLINE void fusion_taps(int64_t r, int64_t height, const float* weights, const GetRow& row, Tap* taps) {
+  for (const Line& line : kLines) {
+    const float* source = row(clamp(r + line.dy, height - 1));
+    for (int i = 0; i < line.count; ++i) {
+      taps[line.first + i] = {source + (kReach + line.dx[i]) * kBlock, weights + (line.first + i) * kBlock};
+    }
+  }
+}
+
+constexpr int kMostTransposedTaps = 64;
+
+// The transposed fusion: the gradient of row q of the states, from the rows of the gradient g of the fusion, padded with
+// zeros. `target` has kBlock floats a pixel.
+template <class GetRow>
+static inline void transposed_fusion(int64_t q, int64_t height, int64_t width, const float* weights, const GetRow& g,
+                                     float* target) {
+  Tap taps[kMostTransposedTaps];
+  int count = 0;
+  alignas(64) float first[kBlock] = {}, last[kBlock] = {};
+  for (const Line& line : kLines) {
+    const int64_t low = q == 0 ? 0 : q - line.dy;
+    const int64_t high = q == height - 1 ? height - 1 : q - line.dy;
+    for (int64_t r = larger(low, 0); r <= smaller(high, height - 1); ++r) {
+      if (clamp(r + line.dy, height - 1) != q) continue;
+      const float* row = g(r);
+      for (int i = 0; i < line.count; ++i) {
+        const int dx = line.dx[i];
+        const float* weight = weights + (line.first + i) * kBlock;
+        taps[count++] = {row + (kReach - dx) * kBlock, weight};
+        for (int64_t x = 0; x < smaller(-dx, width); ++x) {
+          for (int c = 0; c < kBlock; ++c) first[c] += weight[c] * row[(kReach + x) * kBlock + c];
+        }
+        for (int64_t x = larger(width - dx, 0); x < width; ++x) {
+          for (int c = 0; c < kBlock; ++c) last[c] += weight[c] * row[(kReach + x) * kBlock + c];
+        }
+      }
+    }
+  }
+  convolve_row(taps, count, width, [&](int64_t x, int v, Vec total) { store(target + x * kBlock + v * kLanes, total); });
+  for (int c = 0; c < kBlock; ++c) {
+    target[c] += first[c];
+    target[(width - 1) * kBlock + c] += last[c];
+  }
+}
+
+template <int kCount>
+static ALWAYS_INLINE void line_gradient(const float* g, const float* source, const int* dx, int64_t width, float* sums) {
+  for (int v = 0; v < kVecs; v += 2) {
+    Vec total[2][kCount] = {};
+    for (int64_t x = 0; x < width; ++x) {
+      for (int w = 0; w < 2; ++w) {
+        const int64_t offset = (kReach + x) * kBlock + (v + w) * kLanes;
+        const Vec grad = load(g + offset);
+#pragma GCC unroll 3
+        for (int i = 0; i < kCount; ++i) total[w][i] += grad * load(source + offset + dx[i] * kBlock);
+      }
+    }
+    for (int w = 0; w < 2; ++w) {
+      for (int i = 0; i < kCount; ++i) {
+        float* sum = sums + i * kBlock + (v + w) * kLanes;
+        store(sum, load(sum) + total[w][i]);
+      }
+    }
+  }
+}
+
+// Adds to `sums`, (kTaps, kBlock), what row r adds to the gradient of the taps: g is its gradient, padded.
+template <class GetRow>
+static inline void taps_gradient(int64_t r, int64_t height, int64_t width, const float* g, const GetRow& state,
+                                 float* sums) {
+  for (const Line& line : kLines) {
+    const float* source = state(clamp(r + line.dy, height - 1));
+    float* target = sums + line.first * kBlock;
+    if (line.count == 3) {
+      line_gradient<3>(g, source, line.dx, width, target);
+    } else {
+      line_gradient<2>(g, source, line.dx, width, target);
+    }
+  }
+}
+
+}  // namespace ISA
+}  // namespace mmspatialmamba

@@ -1,0 +1,134 @@
+#include "rows.h"
+
+namespace mmspatialmamba {
+namespace ISA {
+
+namespace {
+
+// Tokens are staged in pieces of this many; a piece plays the part of a row.
+constexpr int64_t kPiece = 64;
+
+Map piece_of(Map map, int64_t token) {
+  const int64_t bytes = map.type == Type::kFloat ? 4 : 2;
+  map.data = static_cast<char*>(map.data) + token * map.column * bytes;
+  return map;
+}
+
+// Of state n of a (batch, dim, state, length) tensor.
+Map states(const SelectiveScanArgs& args, const float* h, int64_t n) {
+  const int64_t channel = args.state * args.length;
+  return {const_cast<float*>(h) + n * args.length, Type::kFloat, args.dim * channel, channel, 0, 1};
+}
+
+void copy_A(const SelectiveScanArgs& args, int64_t block, int64_t n, float* A) {
+  for (int c = 0; c < kBlock; ++c) {
+    const int64_t channel = block * kBlock + c;
+    A[c] = channel < args.dim ? args.A[channel * args.state + n] : 0.f;
+  }
+}
+
+}  // namespace
+
+void selective_scan(const SelectiveScanArgs& args, float* h, int64_t batch, int64_t block, float* scratch) {
+  alignas(64) float bias[kBlock];
+  copy_block(args.bias, 0, 1, args.dim, block, bias);
+  constexpr int64_t kStaged = kPiece * kBlock;
+  for (int64_t n = 0; n < args.state; ++n) {
+    alignas(64) float A[kBlock];
+    copy_A(args, block, n, A);
+    const float* B = args.B + (batch * args.state + n) * args.length;
+    const Map target = states(args, h, n);
+    Vec state[kVecs] = {};
+    for (int64_t first = 0; first < args.length; first += kPiece) {
+      const int64_t tokens = smaller(kPiece, args.length - first);
+      const Row u = Rows(piece_of(args.u, first), batch, block, args.dim, tokens, scratch).read(0);
+      const Row delta = Rows(piece_of(args.delta, first), batch, block, args.dim, tokens, scratch + kStaged).read(0);
+      const Rows out(piece_of(target, first), batch, block, args.dim, tokens, scratch + 2 * kStaged);
+      const Row row = out.open(0);
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int v = 0; v < kVecs; ++v) {
+          const int c = v * kLanes;
+          Vec dt = load(delta.data + t * delta.stride + c) + load(bias + c);
+          if (args.softplus) dt = softplus<false>(dt).value;
+          const Vec drive = dt * B[first + t] * load(u.data + t * u.stride + c);
+          state[v] = exp2(dt * (load(A + c) * kLog2E)) * state[v] + drive;
+          store(row.data + t * row.stride + c, state[v]);
+        }
+      }
+      out.written(0);
+    }
+  }
+}
+
+void selective_scan_backward(const SelectiveScanArgs& args, const float* grad, const float* h, const Map& grad_u,
+                             const Map& grad_delta, float* grad_A, float* grad_B, float* grad_bias, int64_t batch,
+                             int64_t block, float* scratch) {
+  alignas(64) float bias[kBlock], A[kBlock];
+  copy_block(args.bias, 0, 1, args.dim, block, bias);
+  constexpr int64_t kStaged = kPiece * kBlock;
+  const auto staging = [&](int i) { return scratch + i * kStaged; };
+  float* sums_A = staging(6);
+  float* carries = sums_A + args.state * kBlock;
+  memset(sums_A, 0, 2 * args.state * kBlock * sizeof(float));
+  alignas(64) float sums_bias[kBlock] = {};
+
+  const int64_t pieces = (args.length + kPiece - 1) / kPiece;
+  for (int64_t first = (pieces - 1) * kPiece; first >= 0; first -= kPiece) {
+    const int64_t tokens = smaller(kPiece, args.length - first);
+    const auto rows = [&](const Map& map, int i) {
+      return Rows(piece_of(map, first), batch, block, args.dim, tokens, staging(i));
+    };
+    const Row u = rows(args.u, 0).read(0), delta = rows(args.delta, 1).read(0);
+    const Rows out_u = rows(grad_u, 2), out_delta = rows(grad_delta, 3);
+    const Row row_u = out_u.open(0), row_delta = out_delta.open(0);
+    for (int64_t n = 0; n < args.state; ++n) {
+      copy_A(args, block, n, A);
+      const float* B = args.B + (batch * args.state + n) * args.length;
+      float* row_B = grad_B + ((block * args.batch + batch) * args.state + n) * args.length;
+      const Row row_grad = rows(states(args, grad, n), 4).read(0), row_h = rows(states(args, h, n), 5).read(0);
+      alignas(64) float before[kBlock] = {};
+      for (int c = 0; first > 0 && c < kBlock && block * kBlock + c < args.dim; ++c) {
+        before[c] = h[((batch * args.dim + block * kBlock + c) * args.state + n) * args.length + first - 1];
+      }
+      Vec total_A[kVecs] = {}, total_bias[kVecs] = {};
+      for (int64_t t = tokens - 1; t >= 0; --t) {
+        const float* state_before = t > 0 ? row_h.data + (t - 1) * row_h.stride : before;
+        const float B_t = B[first + t];
+        Vec total_B{};
+        for (int v = 0; v < kVecs; ++v) {
+          const int c = v * kLanes;
+          const Vec input = load(u.data + t * u.stride + c);
+          Softplus dt{load(delta.data + t * delta.stride + c) + load(bias + c), broadcast(1.f)};
+          if (args.softplus) dt = softplus<true>(dt.value);
+          float* carry = carries + n * kBlock + c;
+          const Vec total = load(row_grad.data + t * row_grad.stride + c) + load(carry);
+          const Vec decayed = exp2(dt.value * (load(A + c) * kLog2E)) * total;
+          store(carry, decayed);
+          const Vec grad_exponent = decayed * load(state_before + c);
+          const Vec grad_dt = (grad_exponent * load(A + c) + total * B_t * input) * dt.derivative;
+          total_A[v] += grad_exponent * dt.value;
+          total_B += total * dt.value * input;
+          total_bias[v] += grad_dt;
+          float* target_u = row_u.data + t * row_u.stride + c;
+          float* target_delta = row_delta.data + t * row_delta.stride + c;
+          store(target_u, total * dt.value * B_t + (n > 0 ? load(target_u) : Vec{}));
+          store(target_delta, grad_dt + (n > 0 ? load(target_delta) : Vec{}));
+        }
+        row_B[first + t] = sum(total_B);
+      }
+      add(total_A, sums_A + n * kBlock);
+      add(total_bias, sums_bias);
+    }
+    out_u.written(0);
+    out_delta.written(0);
+  }
+  write_block(sums_bias, args.dim, block, grad_bias + batch * args.dim);
+  for (int64_t n = 0; n < args.state; ++n) {
+    for (int c = 0; c < kBlock && block * kBlock + c < args.dim; ++c) {
+      grad_A[(batch * args.dim + block * kBlock + c) * args.state + n] = sums_A[n * kBlock + c];
+    }
+  }
+}
+
+}  // namespace ISA
+}  // namespace mmspatialmamba

@@ -1,0 +1,193 @@
+#include "rows.h"
+
+namespace mmspatialmamba {
+namespace ISA {
+
+namespace {
+
+struct Parameters {
+  alignas(64) float A[kBlock];
+  alignas(64) float D[kBlock];
+  alignas(64) float bias[kBlock];
+  alignas(64) float taps[kTaps * kBlock];
+
+  Parameters(const ScanArgs& args, int64_t block) {
+    copy_block(args.A, 0, 1, args.dim, block, A);
+    copy_block(args.D, 0, 1, args.dim, block, D);
+    copy_block(args.bias, 0, 1, args.dim, block, bias);
+    copy_block(args.taps, args.dim, kTaps, args.dim, block, taps);
+  }
+};
+
+constexpr int kAhead = 8;  // pixels
+
+template <bool kSoftplus>
+void scan_row(const Row& u, const Row& delta, const float* B, const Parameters& parameters, int64_t width, Vec* state,
+              float* target) {
+  for (int64_t x = 0; x < width; ++x) {
+    __builtin_prefetch(u.data + (x + kAhead) * u.stride);
+    __builtin_prefetch(u.data + (x + kAhead) * u.stride + kBlock / 2);
+    __builtin_prefetch(delta.data + (x + kAhead) * delta.stride);
+    __builtin_prefetch(delta.data + (x + kAhead) * delta.stride + kBlock / 2);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const int c = v * kLanes;
+      Vec dt = load(delta.data + x * delta.stride + c) + load(parameters.bias + c);
+      if (kSoftplus) dt = softplus<false>(dt).value;
+      const Vec decay = exp2(dt * (load(parameters.A + c) * kLog2E));
+      state[v] = decay * state[v] + dt * B[x] * load(u.data + x * u.stride + c);
+      store(target + x * kBlock + c, state[v]);
+    }
+  }
+}
+
+void scan_row(const ScanArgs& args, const Row& u, const Row& delta, const float* B, const Parameters& parameters,
+              Vec* state, float* target) {
+  (args.softplus ? scan_row<true> : scan_row<false>)(u, delta, B, parameters, args.width, state, target);
+}
+
+// What the reverse pass carries from pixel to pixel, and sums up.
+struct Reverse {
+  Vec carry[kVecs] = {};
+  alignas(64) float A[kBlock] = {};
+  alignas(64) float D[kBlock] = {};
+  alignas(64) float bias[kBlock] = {};
+};
+
+template <bool kSoftplus>
+void reverse_row(const Row& u, const Row& delta, const Row& grad_y, const Row& grad_u, const Row& grad_delta,
+                 const float* B, const Parameters& parameters, int64_t width, const float* grad_state,
+                 const float* state, const float* state_before, float* grad_B, Reverse& reverse) {
+  Vec total_A[kVecs] = {}, total_D[kVecs] = {}, total_bias[kVecs] = {};
+  for (int64_t x = width - 1; x >= 0; --x) {
+    const float* before = x > 0 ? state + (x - 1) * kBlock : state_before;
+    Vec total_B{};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const int c = v * kLanes;
+      const Vec A = load(parameters.A + c);
+      const Vec input = load(u.data + x * u.stride + c);
+      Softplus dt{load(delta.data + x * delta.stride + c) + load(parameters.bias + c), broadcast(1.f)};
+      if (kSoftplus) dt = softplus<true>(dt.value);
+      const Vec decay = exp2(dt.value * (A * kLog2E));
+      const Vec grad = load(grad_state + x * kBlock + c) + reverse.carry[v];
+      reverse.carry[v] = decay * grad;
+      const Vec grad_exponent = reverse.carry[v] * load(before + c);
+      const Vec grad_dt = (grad_exponent * A + grad * B[x] * input) * dt.derivative;
+      const Vec out = load(grad_y.data + x * grad_y.stride + c);
+      total_B += grad * dt.value * input;
+      total_A[v] += grad_exponent * dt.value;
+      total_D[v] += out * input;
+      total_bias[v] += grad_dt;
+      store(grad_u.data + x * grad_u.stride + c, grad * dt.value * B[x] + load(parameters.D + c) * out);
+      store(grad_delta.data + x * grad_delta.stride + c, grad_dt);
+    }
+    grad_B[x] = sum(total_B);
+  }
+  add(total_A, reverse.A);
+  add(total_D, reverse.D);
+  add(total_bias, reverse.bias);
+}
+
+}  // namespace
+
+void scan(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, float* scratch) {
+  const int64_t height = args.height, width = args.width;
+  const Parameters parameters(args, block);
+  const float* B = args.B + batch * height * width;
+  const float* C = args.C + batch * height * width;
+  float* ring = scratch;
+  float* staging = ring + kWindow * padded(width);
+  const Rows u(args.u, batch, block, args.dim, width, staging);
+  const Rows delta(args.delta, batch, block, args.dim, width, staging + width * kBlock);
+  const Rows out(y, batch, block, args.dim, width, staging + 2 * width * kBlock);
+  const auto row = [&](int64_t r) { return ring + r % kWindow * padded(width); };
+
+  Vec state[kVecs] = {};
+  for (int64_t r = 0; r < height + kReach; ++r) {
+    if (r < height) {
+      scan_row(args, u.read(r), delta.read(r), B + r * width, parameters, state, row(r) + kReach * kBlock);
+      pad_with_edges(row(r), width);
+    }
+    const int64_t q = r - kReach;
+    if (q < 0) continue;
+    Tap taps[kTaps];
+    fusion_taps(q, height, parameters.taps, row, taps);
+    const Row input = u.read(q), output = out.open(q);
+    convolve_row(taps, kTaps, width, [&](int64_t x, int v, Vec g) {
+      const int c = v * kLanes;
+      const Vec skip = load(parameters.D + c) * load(input.data + x * input.stride + c);
+      store(output.data + x * output.stride + c, g * C[q * width + x] + skip);
+    });
+    out.written(q);
+  }
+}
+
+void scan_backward(const ScanArgs& args, const ScanGradients& gradients, int64_t batch, int64_t block, float* scratch) {
+  const int64_t height = args.height, width = args.width, length = height * width;
+  const Parameters parameters(args, block);
+  const float* B = args.B + batch * length;
+  const float* C = args.C + batch * length;
+  float* grad_B = gradients.B + (block * args.batch + batch) * length;
+  float* grad_C = gradients.C + (block * args.batch + batch) * length;
+  float* states = scratch;
+  float* ring = states + height * padded(width);
+  float* grad_state = ring + kWindow * padded(width);
+  float* staging = grad_state + width * kBlock;
+  const auto rows = [&](const Map& map, int i) {
+    return Rows(map, batch, block, args.dim, width, staging + i * width * kBlock);
+  };
+  const Rows u = rows(args.u, 0), delta = rows(args.delta, 1), y = rows(gradients.y, 2);
+  const Rows grad_u = rows(gradients.u, 3), grad_delta = rows(gradients.delta, 4);
+  const auto state_row = [&](int64_t r) { return states + r * padded(width); };
+  const auto ring_row = [&](int64_t r) { return ring + r % kWindow * padded(width); };
+
+  Vec state[kVecs] = {};
+  for (int64_t r = 0; r < height; ++r) {
+    scan_row(args, u.read(r), delta.read(r), B + r * width, parameters, state, state_row(r) + kReach * kBlock);
+    pad_with_edges(state_row(r), width);
+  }
+
+  alignas(64) float grad_taps[kTaps * kBlock] = {};
+  const auto enter = [&](int64_t r) {
+    const Row grad = y.read(r);
+    float* g = ring_row(r);
+    pad_with_zeros(g, width);
+    float* products = grad_state;
+    Tap taps[kTaps];
+    fusion_taps(r, height, parameters.taps, state_row, taps);
+    convolve_row(taps, kTaps, width, [&](int64_t x, int v, Vec fused) {
+      const Vec out = load(grad.data + x * grad.stride + v * kLanes);
+      store(g + (kReach + x) * kBlock + v * kLanes, out * C[r * width + x]);
+      const Vec product = out * fused;
+      store(products + x * kLanes, v == 0 ? product : product + load(products + x * kLanes));
+    });
+    for (int64_t x = 0; x < width; ++x) grad_C[r * width + x] = sum(load(products + x * kLanes));
+    taps_gradient(r, height, width, g, state_row, grad_taps);
+  };
+
+  Reverse reverse;
+  alignas(64) const float zeros[kBlock] = {};
+  int64_t entered = height;
+  for (int64_t q = height - 1; q >= 0; --q) {
+    while (entered > larger(q - kReach, 0)) enter(--entered);
+    transposed_fusion(q, height, width, parameters.taps, ring_row, grad_state);
+    const float* before = q > 0 ? state_row(q - 1) + (kReach + width - 1) * kBlock : zeros;
+    (args.softplus ? reverse_row<true> : reverse_row<false>)(
+        u.read(q), delta.read(q), y.read(q), grad_u.open(q), grad_delta.open(q), B + q * width, parameters, width,
+        grad_state, state_row(q) + kReach * kBlock, before, grad_B + q * width, reverse);
+    grad_u.written(q);
+    grad_delta.written(q);
+  }
+
+  const auto write = [&](int i, const float* values) {
+    write_block(values, args.dim, block, gradients.sums + (i * args.batch + batch) * args.dim);
+  };
+  for (int i = 0; i < kTaps; ++i) write(i, grad_taps + i * kBlock);
+  write(kTaps, reverse.A);
+  write(kTaps + 1, reverse.D);
+  write(kTaps + 2, reverse.bias);
+}
+
+}  // namespace ISA
+}  // namespace mmspatialmamba

@@ -1,0 +1,19 @@
+#include "kernels.h"
+#include "vec.h"
+
+namespace mmspatialmamba {
+namespace ISA {
+
+void scan(const ScanArgs&, const Map&, int64_t, int64_t, float*);
+void scan_backward(const ScanArgs&, const ScanGradients&, int64_t, int64_t, float*);
+void fusion(const FusionArgs&, const Map&, int64_t, int64_t, float*);
+void fusion_backward(const FusionArgs&, const Map&, const Map&, float*, int64_t, int64_t, float*);
+void selective_scan(const SelectiveScanArgs&, float*, int64_t, int64_t, float*);
+void selective_scan_backward(const SelectiveScanArgs&, const float*, const float*, const Map&, const Map&, float*,
+                             float*, float*, int64_t, int64_t, float*);
+
+extern const Kernels table;
+const Kernels table{scan, scan_backward, fusion, fusion_backward, selective_scan, selective_scan_backward};
+
+}  // namespace ISA
+}  // namespace mmspatialmamba

@@ -1,0 +1,115 @@
+// Vectors of floats, and the functions of them that a scan needs. Compiled once for each instruction set, in a namespace
+// of its own; no header of torch and none of the standard library's templates may come in here, since the linker would
+// be free to keep the copy that was compiled for the newest instruction set.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(ISA)
+#define ISA baseline
+#endif
+
+namespace mmspatialmamba {
+namespace ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+static ALWAYS_INLINE Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+static ALWAYS_INLINE void store(float* p, Vec v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+static ALWAYS_INLINE Vec broadcast(float x) {
+  return x - Vec{};
+}
+
+static ALWAYS_INLINE IntVec bits(Vec v) {
+  return reinterpret_cast<IntVec>(v);
+}
+
+static ALWAYS_INLINE Vec absolute(Vec v) {
+  return reinterpret_cast<Vec>(bits(v) & 0x7fffffff);
+}
+
+// A NaN stays what it is.
+static ALWAYS_INLINE Vec clamp(Vec v, float low, float high) {
+  v = v < low ? broadcast(low) : v;
+  return v > high ? broadcast(high) : v;
+}
+
+static ALWAYS_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// 2^x. Largest relative error 1.1e-8 before rounding; below 2^-126 the result is 0.
+static ALWAYS_INLINE Vec exp2(Vec x) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  x = clamp(x, -127.f, 128.4f);
+  const Vec shifted = x + kRound;
+  const Vec f = x - (shifted - kRound);
+  Vec q = 1.54035126e-4f * f + 1.33907355e-3f;
+  q = q * f + 9.61823749e-3f;
+  q = q * f + 5.55035743e-2f;
+  q = q * f + 2.40226498e-1f;
+  q = q * f + 6.93147181e-1f;
+  const Vec scale = reinterpret_cast<Vec>((bits(shifted) + 127) << 23);
+  return (q * f + 1.f) * scale;
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+// softplus(x) = max(x, 0) + log(1 + z) with z = exp(-|x|), where log(1 + z) = 2 atanh(z / (2 + z)) keeps its relative
+// accuracy for small z. The derivative is the logistic function.
+struct Softplus {
+  Vec value;
+  Vec derivative;
+};
+
+template <bool kWithDerivative>
+static ALWAYS_INLINE Softplus softplus(Vec x) {
+  const Vec z = exp2(absolute(x) * -kLog2E);
+  Softplus result;
+  Vec s;
+  if (kWithDerivative) {
+    const Vec inverse = 1.f / ((z + 1.f) * (z + 2.f));
+    s = z * (z + 1.f) * inverse;
+    result.derivative = (x < 0.f ? z : broadcast(1.f)) * (z + 2.f) * inverse;
+  } else {
+    s = z / (z + 2.f);
+  }
+  const Vec t = s * s;
+  Vec p = 2.81783349e-1f * t + 2.79606028e-1f;
+  p = p * t + 4.00249103e-1f;
+  p = p * t + 6.66663147e-1f;
+  p = p * t + 2.f;
+  const Vec positive = x < 0.f ? Vec{} : x;
+  result.value = p * s + positive;
+  return result;
+}
+
+// 1 / (1 + exp(-x)).
+static ALWAYS_INLINE Vec logistic(Vec x) {
+  return 1.f / (exp2(x * -kLog2E) + 1.f);
+}
+
+}  // namespace ISA
+}  // namespace mmspatialmamba

@@ -1,0 +1,786 @@
+// The kernels over maps, shared by the fused op (kScan) and by the fusion alone. A block takes 8 channels, some columns and
+// some rows of one map; it walks down the rows with the last 11 of them in shared memory, in float32. A thread takes one
+// channel and 5 neighbouring columns: thread i has channel i % 8 and the columns from 5 * (i / 8) on.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "kernels.h"
+#include "launch.cuh"
+#include "numerics.cuh"
+#include "scan.cuh"
+
+namespace mmspatialmamba::cuda {
+
+constexpr int kReach = 5;  // of the fusion, in pixels
+constexpr int kRing = 2 * kReach + 1;
+constexpr int kTaps = 25;
+constexpr int kHalo = 8;  // columns computed beyond a tile's own: kReach, rounded up to keep 16-byte alignment
+
+// ---- the 25 taps by row: row K of 7 is kOffset below the centre
+
+template <int K>
+struct TapRow {
+  static constexpr int kOffset = K == 0 ? -5 : K == 1 ? -3 : K == 2 ? -1 : K == 3 ? 0 : K == 4 ? 1 : K == 5 ? 3 : 5;
+  static constexpr int kCount = K == 3 ? 7 : 3;
+
+  static constexpr __host__ __device__ int column(int i) {
+    if (K == 3) return i == 0 ? -5 : i == 1 ? -3 : i == 5 ? 3 : i == 6 ? 5 : i - 3;
+    return (i - 1) * (kOffset < 0 ? -kOffset : kOffset);
+  }
+  static constexpr __host__ __device__ int tap(int i) {
+    if (K == 3) return i == 0 ? 20 : i == 1 ? 12 : i == 5 ? 13 : i == 6 ? 21 : i + 1;
+    return (K == 0 ? 17 : K == 1 ? 9 : K == 2 ? 0 : K == 4 ? 6 : K == 5 ? 14 : 22) + i;
+  }
+};
+
+// The tap seen from the other side.
+__host__ __device__ constexpr int mirrored(int tap) { return tap < 9 ? 8 - tap : tap < 17 ? 25 - tap : 41 - tap; }
+
+// Calls visit(tap, j, value) for the taps of row K and the thread's columns j. `row` points at the first of these columns.
+template <int K, class Visit>
+__device__ __forceinline__ void visit_row(const float* row, Visit visit) {
+  using Row = TapRow<K>;
+  constexpr int reach = -Row::column(0);
+  float values[kColumns + 2 * reach];
+#pragma unroll
+  for (int i = 0; i < kColumns + 2 * reach; ++i) values[i] = row[(i - reach) * kChannels];
+#pragma unroll
+  for (int i = 0; i < Row::kCount; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) visit(Row::tap(i), j, values[j + Row::column(i) + reach]);
+  }
+}
+
+// ---- maps in memory and rows of them in shared memory
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t batch, channel, row, column;
+  bool channels_last;  // else columns lie together
+  bool vector;         // 16-byte accesses
+};
+
+template <class T>
+Rows<T> make_rows(const Map& map, const Size& size) {
+  constexpr int n = 16 / sizeof(T);
+  const bool last = map.channel == 1 && size.dim > 1;
+  const bool vector = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.batch % n == 0 && map.row % n == 0 &&
+                      (last ? map.column : map.channel) % n == 0 && (last ? size.dim % kChannels : size.width % n) == 0;
+  return {static_cast<T*>(map.data), map.batch, map.channel, map.row, map.column, last, vector};
+}
+
+template <class T>
+struct Problem {
+  Size size;
+  Plan plan;
+  bool softplus;
+  Rows<T> u, delta, grad, out, grad_u, grad_delta;
+  Rows<float> grad_h;
+  const float *A, *B, *C, *D, *taps, *bias;
+  Affine* steps;         // of a tile's row, (batch, height, tiles, padded dim)
+  const float* states;   // that enter a tile's row, of the same shape; null where a block carries the state itself
+  const float* returns;  // what enters a tile's row from its end, backward
+  float *grad_B, *grad_C, *parameters;
+};
+
+// What a block and its thread work on.
+struct Block {
+  int groups, group, tile, chunk, batch;
+  int channel0, channels;    // the block's first channel, and how many of its 8 there are
+  int row0, row1;            // its own rows
+  int column0, column1;      // its own columns
+  int first, last;           // with the halo
+  int channel, segment;      // the thread's channel within the block, and its columns
+  __device__ __forceinline__ bool valid() const { return channel < channels; }
+  __device__ __forceinline__ bool owns(int column) const { return column0 <= column && column < column1; }
+};
+
+__device__ __forceinline__ Block this_block(const Size& size, const Plan& plan) {
+  Block b;
+  b.groups = (size.dim + kChannels - 1) / kChannels;
+  unsigned index = blockIdx.x;
+  b.group = index % b.groups;
+  index /= b.groups;
+  b.tile = index % plan.tiles;
+  index /= plan.tiles;
+  b.chunk = index % plan.chunks;
+  b.batch = index / plan.chunks;
+  b.channel0 = b.group * kChannels;
+  b.channels = min(kChannels, size.dim - b.channel0);
+  b.row0 = b.chunk * plan.rows;
+  b.row1 = min(size.height, b.row0 + plan.rows);
+  b.column0 = b.tile * plan.tile;
+  b.column1 = min(size.width, b.column0 + plan.tile);
+  b.first = max(0, b.column0 - kHalo);
+  b.last = plan.tiles == 1 ? size.width : min(size.width, b.column1 + kHalo);
+  b.channel = threadIdx.x % kChannels;
+  b.segment = threadIdx.x / kChannels;
+  return b;
+}
+
+// Columns of a row in shared memory.
+__host__ __device__ __forceinline__ int stage_columns(const Plan& plan) {
+  return plan.tiles == 1 ? plan.tile : plan.tile + 2 * kHalo;
+}
+
+// Elements from a channel's row to the next where columns lie together: an odd number of 16 bytes, which spreads the
+// channels over the banks.
+template <class T>
+__host__ __device__ __forceinline__ int stage_pitch(const Plan& plan) {
+  return ((stage_columns(plan) * static_cast<int>(sizeof(T)) + 15) / 16 | 1) * (16 / static_cast<int>(sizeof(T)));
+}
+
+template <class T>
+__host__ __device__ __forceinline__ int stage_bytes(const Plan& plan) {
+  return kChannels * stage_pitch<T>(plan) * static_cast<int>(sizeof(T));
+}
+
+__host__ __device__ __forceinline__ int line_bytes(const Plan& plan) { return (stage_columns(plan) * 4 + 15) / 16 * 16; }
+
+inline int block_threads(const Plan& plan) {
+  const int widest = plan.tiles == 1 ? plan.tile + 2 * kReach : plan.tile + 2 * kHalo;
+  return ((widest + kColumns - 1) / kColumns * kChannels + 31) / 32 * 32;
+}
+
+// Place in a staged row: the row keeps the order of its map's memory.
+template <class T>
+__device__ __forceinline__ int stage_index(const Rows<T>& map, int pitch, int channel, int column) {
+  return map.channels_last ? column * kChannels + channel : channel * pitch + column;
+}
+
+// Starts copying columns [first, last) of a row of the map; absent channels become 0.
+template <class T>
+__device__ __forceinline__ void stage_row(T* stage, const Rows<T>& map, const Block& b, int pitch, int row) {
+  constexpr int n = 16 / sizeof(T);
+  const int columns = b.last - b.first;
+  const T* source = map.data + b.batch * map.batch + b.channel0 * map.channel + row * map.row + b.first * map.column;
+  if (map.channels_last) {
+    if (map.vector) {
+      constexpr int pieces = kChannels / n;
+      for (int i = threadIdx.x; i < columns * pieces; i += blockDim.x)
+        __pipeline_memcpy_async(stage + i * n, source + i / pieces * map.column + i % pieces * n, 16);
+    } else {
+      for (int i = threadIdx.x; i < columns * kChannels; i += blockDim.x) {
+        const int channel = i % kChannels;
+        stage[i] = channel < b.channels ? source[i / kChannels * map.column + channel] : from_float<T>(0.f);
+      }
+    }
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  for (int channel = threadIdx.x / 32; channel < kChannels; channel += blockDim.x / 32) {
+    T* to = stage + channel * pitch;
+    const T* from = source + channel * map.channel;
+    if (channel >= b.channels) {
+      for (int i = lane; i < columns; i += 32) to[i] = from_float<T>(0.f);
+    } else if (map.vector) {
+      for (int i = lane * n; i < columns; i += 32 * n) __pipeline_memcpy_async(to + i, from + i, 16);
+    } else {
+      for (int i = lane; i < columns; i += 32) to[i] = from[i];
+    }
+  }
+}
+
+// Writes the block's own columns of a staged row to the map.
+template <class T>
+__device__ __forceinline__ void unstage_row(const T* stage, const Rows<T>& map, const Block& b, int pitch, int row) {
+  constexpr int n = 16 / sizeof(T);
+  const int columns = b.column1 - b.column0, skip = b.column0 - b.first;
+  T* target = map.data + b.batch * map.batch + b.channel0 * map.channel + row * map.row + b.column0 * map.column;
+  if (map.channels_last) {
+    stage += skip * kChannels;
+    if (map.vector) {
+      constexpr int pieces = kChannels / n;
+      for (int i = threadIdx.x; i < columns * pieces; i += blockDim.x)
+        *reinterpret_cast<uint4*>(target + i / pieces * map.column + i % pieces * n) =
+            *reinterpret_cast<const uint4*>(stage + i * n);
+    } else {
+      for (int i = threadIdx.x; i < columns * kChannels; i += blockDim.x) {
+        const int channel = i % kChannels;
+        if (channel < b.channels) target[i / kChannels * map.column + channel] = stage[i];
+      }
+    }
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  for (int channel = threadIdx.x / 32; channel < b.channels; channel += blockDim.x / 32) {
+    const T* from = stage + channel * pitch + skip;
+    T* to = target + channel * map.channel;
+    if (map.vector) {
+      for (int i = lane * n; i < columns; i += 32 * n)
+        *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
+    } else {
+      for (int i = lane; i < columns; i += 32) to[i] = from[i];
+    }
+  }
+}
+
+// Starts copying the halo's columns of B or C.
+__device__ __forceinline__ void stage_line(float* line, const float* source, const Size& size, const Block& b, int row) {
+  source += (static_cast<int64_t>(b.batch) * size.height + row) * size.width + b.first;
+  for (int i = threadIdx.x; i < b.last - b.first; i += blockDim.x) __pipeline_memcpy_async(line + i, source + i, 4);
+}
+
+// ---- the window of 11 rows, (row % 11, column, channel)
+
+// `margin` columns on either side of the tile's own, which are rounded up so that a thread's reads stay inside.
+__host__ __device__ __forceinline__ int ring_row(const Plan& plan, int margin) {
+  return ((plan.tile + kColumns - 1) / kColumns * kColumns + 2 * margin) * kChannels;
+}
+
+__device__ __forceinline__ void clear(float* ring, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) ring[i] = 0.f;
+}
+
+// A thread's columns of a row of states, with the replicated ones beyond the map's borders.
+__device__ __forceinline__ void put_states(float* row, const float (&h)[kColumns], const Block& b, int width) {
+  const int begin = b.column0 - kReach, end = b.column1 + kReach;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    const int column = b.first + b.segment * kColumns + j;
+    if (column >= b.last) break;
+    const int from = column == 0 ? begin : max(column, begin);
+    const int to = column == width - 1 ? end : min(column + 1, end);
+    for (int i = from; i < to; ++i) row[(i - begin) * kChannels + b.channel] = h[j];
+  }
+}
+
+// The seven rows that row `q` of the fusion reads, replicated beyond the borders.
+template <class Visit>
+__device__ __forceinline__ void visit_clamped(const float* ring, int row_size, int q, int height, Visit visit) {
+  auto at = [&](int offset) { return ring + min(max(q + offset, 0), height - 1) % kRing * row_size; };
+  visit_row<0>(at(-5), visit);
+  visit_row<1>(at(-3), visit);
+  visit_row<2>(at(-1), visit);
+  visit_row<3>(at(0), visit);
+  visit_row<4>(at(1), visit);
+  visit_row<5>(at(3), visit);
+  visit_row<6>(at(5), visit);
+}
+
+// The rows that reach row `q` when the fusion is transposed; what would land beyond a border lands on it.
+template <int K, class Visit>
+__device__ __forceinline__ void visit_folded_row(const float* ring, int row_size, int q, int height, Visit visit) {
+  const int row = q + TapRow<K>::kOffset;
+  const int begin = q == 0 ? 0 : max(row, 0);
+  const int end = q == height - 1 ? height - 1 : min(row, height - 1);
+  for (int i = begin; i <= end; ++i) visit_row<K>(ring + i % kRing * row_size, visit);
+}
+
+template <class Visit>
+__device__ __forceinline__ void visit_folded(const float* ring, int row_size, int q, int height, Visit visit) {
+  visit_folded_row<0>(ring, row_size, q, height, visit);
+  visit_folded_row<1>(ring, row_size, q, height, visit);
+  visit_folded_row<2>(ring, row_size, q, height, visit);
+  visit_folded_row<3>(ring, row_size, q, height, visit);
+  visit_folded_row<4>(ring, row_size, q, height, visit);
+  visit_folded_row<5>(ring, row_size, q, height, visit);
+  visit_folded_row<6>(ring, row_size, q, height, visit);
+}
+
+// ---- the recurrence of a thread's columns
+
+struct Channel {
+  float A, D, bias;
+};
+
+template <class T>
+__device__ __forceinline__ Channel load_channel(const Problem<T>& p, const Block& b) {
+  if (!b.valid()) return {0.f, 0.f, 0.f};
+  const int c = b.channel0 + b.channel;
+  return {p.A[c], p.D[c], p.bias ? p.bias[c] : 0.f};
+}
+
+template <class T>
+__device__ __forceinline__ void load_taps(const Problem<T>& p, const Block& b, bool mirror, float (&taps)[kTaps]) {
+#pragma unroll
+  for (int i = 0; i < kTaps; ++i)
+    taps[i] = b.valid() ? p.taps[(mirror ? mirrored(i) : i) * p.size.dim + b.channel0 + b.channel] : 0.f;
+}
+
+template <class T>
+__device__ __forceinline__ int64_t segment_index(const Problem<T>& p, const Block& b, int row) {
+  const int64_t segment = (static_cast<int64_t>(b.batch) * p.size.height + row) * p.plan.tiles + b.tile;
+  return segment * b.groups * kChannels + b.channel0 + b.channel;
+}
+
+__device__ __forceinline__ float sum_channels(float x) {
+#pragma unroll
+  for (int offset = 1; offset < kChannels; offset *= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
+// ---- kernels
+
+// The step that each row of a tile makes, from the column where the tile's halo begins to where the next tile's does.
+template <class T>
+struct StepsShared {
+  static int bytes(const Plan& plan) {
+    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * (2 * stage_bytes<T>(plan) + line_bytes(plan));
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) steps_kernel(const Problem<T> p) {
+  MMSPATIALMAMBA_SHARED(shared);
+  const Block b = this_block(p.size, p.plan);
+  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan);
+  Affine* warps = reinterpret_cast<Affine*>(shared);
+  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  const int size = 2 * map_bytes + line_bytes(p.plan);
+  const Channel c = load_channel(p, b);
+  const int end = b.tile + 1 < p.plan.tiles ? b.column1 - kHalo : p.size.width;
+
+  auto prefetch = [&](int row) {
+    unsigned char* stage = stages + (row & 1) * size;
+    stage_row(reinterpret_cast<T*>(stage), p.u, b, pitch, row);
+    stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row);
+    stage_line(reinterpret_cast<float*>(stage + 2 * map_bytes), p.B, p.size, b, row);
+  };
+
+  prefetch(b.row0);
+  __pipeline_commit();
+  for (int row = b.row0; row < b.row1; ++row) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    if (row + 1 < b.row1) prefetch(row + 1);
+    __pipeline_commit();
+    unsigned char* stage = stages + (row & 1) * size;
+    const T* u = reinterpret_cast<const T*>(stage);
+    const T* delta = reinterpret_cast<const T*>(stage + map_bytes);
+    const float* B = reinterpret_cast<const float*>(stage + 2 * map_bytes);
+    Affine own{1.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int i = b.segment * kColumns + j;
+      if (b.first + i < end) {
+        const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+        const float dt = time_step(x, p.softplus);
+        own = own.then({accurate_exp(dt * c.A), dt * B[i] * to_float(u[stage_index(p.u, pitch, b.channel, i)])});
+      }
+    }
+    const Affine total = scan_block<kChannels>(own, warps).total;
+    if (b.segment == 0) p.steps[segment_index(p, b, row)] = total;
+  }
+}
+
+template <class T>
+struct ForwardShared {
+  static __host__ __device__ int stage(const Plan& plan) { return 3 * stage_bytes<T>(plan) + 2 * line_bytes(plan); }
+  static int bytes(const Plan& plan) {
+    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * stage(plan) +
+           kRing * ring_row(plan, kReach) * static_cast<int>(sizeof(float));
+  }
+};
+
+// y, or without kScan the fusion of u.
+template <class T, bool kScan>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Problem<T> p) {
+  MMSPATIALMAMBA_SHARED(shared);
+  const Block b = this_block(p.size, p.plan);
+  const int height = p.size.height;
+  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
+  const int size = ForwardShared<T>::stage(p.plan), row_size = ring_row(p.plan, kReach);
+  Affine* warps = reinterpret_cast<Affine*>(shared);
+  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  float* ring = reinterpret_cast<float*>(stages + 2 * size);
+  Channel c{};
+  if (kScan) c = load_channel(p, b);
+  float taps[kTaps];
+  load_taps(p, b, false, taps);
+
+  // What step `row` needs: row `row` of the inputs of the scan, row `row - 5` of those of the output.
+  auto prefetch = [&](int row) {
+    unsigned char* stage = stages + (row & 1) * size;
+    if (row < height) {
+      stage_row(reinterpret_cast<T*>(stage), p.u, b, pitch, row);
+      if (kScan) {
+        stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row);
+        stage_line(reinterpret_cast<float*>(stage + 3 * map_bytes), p.B, p.size, b, row);
+      }
+    }
+    if (kScan && row - kReach >= b.row0) {
+      stage_row(reinterpret_cast<T*>(stage + 2 * map_bytes), p.u, b, pitch, row - kReach);
+      stage_line(reinterpret_cast<float*>(stage + 3 * map_bytes + line), p.C, p.size, b, row - kReach);
+    }
+  };
+
+  const int begin = max(0, b.row0 - kReach), end = b.row1 + kReach;
+  prefetch(begin);
+  __pipeline_commit();
+  clear(ring, kRing * row_size);
+  float state = 0.f;
+  for (int row = begin; row < end; ++row) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    if (row + 1 < end) prefetch(row + 1);
+    __pipeline_commit();
+    unsigned char* stage = stages + (row & 1) * size;
+    const T* u = reinterpret_cast<const T*>(stage);
+    if (row < height) {
+      float h[kColumns];
+      if (kScan) {
+        if (p.states) state = p.states[segment_index(p, b, row)];
+        const T* delta = reinterpret_cast<const T*>(stage + map_bytes);
+        const float* B = reinterpret_cast<const float*>(stage + 3 * map_bytes);
+        Affine steps[kColumns], own{1.f, 0.f};
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int i = b.segment * kColumns + j;
+          steps[j] = {1.f, 0.f};
+          if (b.first + i < b.last) {
+            const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+            const float dt = time_step(x, p.softplus);
+            steps[j] = {accurate_exp(dt * c.A), dt * B[i] * to_float(u[stage_index(p.u, pitch, b.channel, i)])};
+          }
+          own = own.then(steps[j]);
+        }
+        const Scanned scanned = scan_block<kChannels>(own, warps);
+        float value = scanned.before(state);
+        state = scanned.total(state);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) h[j] = value = steps[j](value);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int i = b.segment * kColumns + j;
+          h[j] = b.first + i < b.last ? to_float(u[stage_index(p.u, pitch, b.channel, i)]) : 0.f;
+        }
+      }
+      put_states(ring + row % kRing * row_size, h, b, p.size.width);
+    }
+    const int q = row - kReach;
+    if (q < b.row0) continue;
+    __syncthreads();
+    const int column = b.column0 + b.segment * kColumns;
+    T* out = reinterpret_cast<T*>(stage + 2 * map_bytes);
+    if (column < b.column1) {
+      float fused[kColumns] = {};
+      visit_clamped(ring + (b.segment * kColumns + kReach) * kChannels + b.channel, row_size, q, height,
+                    [&](int tap, int j, float value) { fused[j] = fmaf(taps[tap], value, fused[j]); });
+      const float* C = reinterpret_cast<const float*>(stage + 3 * map_bytes + line);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        if (column + j < b.column1) {
+          const int i = column - b.first + j;
+          // u and y have the same memory format, so y may take u's place.
+          T& place = out[stage_index(p.out, pitch, b.channel, i)];
+          place = from_float<T>(kScan ? fmaf(C[i], fused[j], c.D * to_float(place)) : fused[j]);
+        }
+      }
+    }
+    __syncthreads();
+    unstage_row(out, p.out, b, pitch, q);
+  }
+}
+
+template <class T>
+struct TransposedShared {
+  static __host__ __device__ int stage(const Plan& plan) { return 2 * stage_bytes<T>(plan) + line_bytes(plan); }
+  static __host__ __device__ int line_floats(const Plan& plan) {
+    return ((plan.tile + 2 * kReach + kColumns - 1) / kColumns + 1) * kColumns * kChannels;
+  }
+  static int bytes(const Plan& plan) {
+    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * stage(plan) + stage_bytes<float>(plan) +
+           (line_floats(plan) + kRing * ring_row(plan, 2 * kReach)) * static_cast<int>(sizeof(float));
+  }
+};
+
+// The fusion transposed: from C * grad (without kScan: grad) to the gradient of h before the recurrence, and, with kScan,
+// the step that each row of a tile makes backward.
+template <class T, bool kScan>
+__global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Problem<T> p) {
+  MMSPATIALMAMBA_SHARED(shared);
+  const Block b = this_block(p.size, p.plan);
+  const int height = p.size.height, width = p.size.width;
+  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan);
+  const int size = TransposedShared<T>::stage(p.plan), row_size = ring_row(p.plan, 2 * kReach);
+  Affine* warps = reinterpret_cast<Affine*>(shared);
+  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  float* out = reinterpret_cast<float*>(stages + 2 * size);
+  const int out_pitch = stage_pitch<float>(p.plan);
+  float* extended = out + kChannels * out_pitch;  // a row with kReach columns on either side
+  float* ring = extended + TransposedShared<T>::line_floats(p.plan);
+  Channel c{};
+  if (kScan) c = load_channel(p, b);
+  float taps[kTaps];
+  load_taps(p, b, true, taps);
+
+  auto prefetch = [&](int row) {
+    unsigned char* stage = stages + (row & 1) * size;
+    if (row < height) {
+      stage_row(reinterpret_cast<T*>(stage), p.grad, b, pitch, row);
+      if (kScan) stage_line(reinterpret_cast<float*>(stage + 2 * map_bytes), p.C, p.size, b, row);
+    }
+    if (kScan && row - kReach >= b.row0)
+      stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row - kReach);
+  };
+
+  const int begin = max(0, b.row0 - kReach), end = b.row1 + kReach;
+  const int ring_begin = b.column0 - 2 * kReach, ring_end = b.column1 + 2 * kReach;
+  const int segments = (b.column1 - b.column0 + 2 * kReach + kColumns - 1) / kColumns;
+  prefetch(begin);
+  __pipeline_commit();
+  clear(ring, kRing * row_size);
+  for (int row = begin; row < end; ++row) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    if (row + 1 < end) prefetch(row + 1);
+    __pipeline_commit();
+    unsigned char* stage = stages + (row & 1) * size;
+    if (row < height) {
+      const T* grad = reinterpret_cast<const T*>(stage);
+      const float* C = reinterpret_cast<const float*>(stage + 2 * map_bytes);
+      float* target = ring + row % kRing * row_size + b.channel;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const int i = b.segment * kColumns + j, column = b.first + i;
+        if (column < b.last && ring_begin <= column && column < ring_end) {
+          const float value = to_float(grad[stage_index(p.grad, pitch, b.channel, i)]);
+          target[(column - ring_begin) * kChannels] = kScan ? C[i] * value : value;
+        }
+      }
+    }
+    const int q = row - kReach;
+    if (q < b.row0) continue;
+    __syncthreads();
+    if (b.segment < segments) {
+      float sums[kColumns] = {};
+      visit_folded(ring + (b.segment * kColumns + kReach) * kChannels + b.channel, row_size, q, height,
+                   [&](int tap, int j, float value) { sums[j] = fmaf(taps[tap], value, sums[j]); });
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) extended[(b.segment * kColumns + j) * kChannels + b.channel] = sums[j];
+    }
+    __syncthreads();
+    const T* delta = reinterpret_cast<const T*>(stage + map_bytes);
+    Affine own{1.f, 0.f};
+#pragma unroll
+    for (int j = kColumns - 1; j >= 0; --j) {
+      const int column = b.column0 + b.segment * kColumns + j;
+      if (column < b.column1) {
+        const float* at = extended + (column - b.column0 + kReach) * kChannels + b.channel;
+        float value = at[0];
+        if (column == 0) {
+          for (int i = 1; i <= kReach; ++i) value += at[-i * kChannels];
+        }
+        if (column == width - 1) {
+          for (int i = 1; i <= kReach; ++i) value += at[i * kChannels];
+        }
+        const int i = column - b.first;
+        out[stage_index(p.grad_h, out_pitch, b.channel, i)] = value;
+        if (kScan) {
+          const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+          const float decay = accurate_exp(time_step(x, p.softplus) * c.A);
+          own = own.then({decay, decay * value});
+        }
+      }
+    }
+    if (kScan) {
+      const Affine total = scan_block<kChannels, true>(own, warps).total;
+      if (b.segment == 0) p.steps[segment_index(p, b, q)] = total;
+    } else {
+      __syncthreads();
+    }
+    unstage_row(out, p.grad_h, b, out_pitch, q);
+  }
+}
+
+template <class T>
+struct BackwardShared {
+  static __host__ __device__ int stage(const Plan& plan) {
+    return 4 * stage_bytes<T>(plan) + stage_bytes<float>(plan) + 2 * line_bytes(plan);
+  }
+  static int bytes(const Plan& plan) {
+    const int ring = kRing * ring_row(plan, kReach), sums = kWarps * kParameters * kChannels;
+    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * stage(plan) +
+           (ring > sums ? ring : sums) * static_cast<int>(sizeof(float));
+  }
+};
+
+// Everything else: the gradients of the inputs and of the parameters; without kScan, of the taps alone.
+template <class T, bool kScan>
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> p) {
+  MMSPATIALMAMBA_SHARED(shared);
+  const Block b = this_block(p.size, p.plan);
+  const int height = p.size.height, width = p.size.width;
+  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
+  const int size = BackwardShared<T>::stage(p.plan), row_size = ring_row(p.plan, kReach);
+  const int float_pitch = stage_pitch<float>(p.plan);
+  Affine* warps = reinterpret_cast<Affine*>(shared);
+  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  float* ring = reinterpret_cast<float*>(stages + 2 * size);
+  Channel c{};
+  if (kScan) c = load_channel(p, b);
+  float taps[kTaps] = {};
+  if (kScan) load_taps(p, b, false, taps);
+
+  // A stage: rows of u, delta, grad and, five rows above, grad; grad_h; lines of B and, five rows above, C.
+  const int above = 3 * map_bytes, returned = 4 * map_bytes;
+  const int lines = returned + stage_bytes<float>(p.plan);
+  auto prefetch = [&](int row) {
+    unsigned char* stage = stages + (row & 1) * size;
+    if (row < height) {
+      stage_row(reinterpret_cast<T*>(stage), p.u, b, pitch, row);
+      if (kScan) {
+        stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row);
+        stage_line(reinterpret_cast<float*>(stage + lines), p.B, p.size, b, row);
+        if (b.row0 <= row && row < b.row1) {
+          stage_row(reinterpret_cast<T*>(stage + 2 * map_bytes), p.grad, b, pitch, row);
+          stage_row(reinterpret_cast<float*>(stage + returned), p.grad_h, b, float_pitch, row);
+        }
+      }
+    }
+    if (row - kReach >= b.row0) {
+      stage_row(reinterpret_cast<T*>(stage + above), p.grad, b, pitch, row - kReach);
+      if (kScan) stage_line(reinterpret_cast<float*>(stage + lines + line), p.C, p.size, b, row - kReach);
+    }
+  };
+
+  const int begin = max(0, b.row0 - kReach), end = b.row1 + kReach;
+  const int64_t pixels = static_cast<int64_t>(height) * width;
+  const int64_t partial = (static_cast<int64_t>(b.group) * p.size.batch + b.batch) * pixels;
+  float sums[kParameters] = {};
+  prefetch(begin);
+  __pipeline_commit();
+  clear(ring, kRing * row_size);
+  for (int row = begin; row < end; ++row) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    if (row + 1 < end) prefetch(row + 1);
+    __pipeline_commit();
+    unsigned char* stage = stages + (row & 1) * size;
+    T* u = reinterpret_cast<T*>(stage);
+    const bool own_row = b.row0 <= row && row < b.row1;
+    if (row < height) {
+      float h[kColumns];
+      if (kScan) {
+        T* delta = reinterpret_cast<T*>(stage + map_bytes);
+        const float* B = reinterpret_cast<const float*>(stage + lines);
+        const float state = p.states[segment_index(p, b, row)];
+        float dt[kColumns], slope[kColumns], decay[kColumns];
+        Affine forward{1.f, 0.f}, back{1.f, 0.f};
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int i = b.segment * kColumns + j;
+          dt[j] = slope[j] = h[j] = 0.f;
+          decay[j] = 1.f;
+          if (b.first + i < b.last) {
+            const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+            dt[j] = time_step(x, p.softplus, &slope[j]);
+            decay[j] = accurate_exp(dt[j] * c.A);
+            h[j] = dt[j] * B[i] * to_float(u[stage_index(p.u, pitch, b.channel, i)]);
+          }
+          forward = forward.then({decay[j], h[j]});
+        }
+        float entering = scan_block<kChannels>(forward, warps).before(state);
+        {
+          float value = entering;
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) h[j] = value = fmaf(decay[j], value, h[j]);
+        }
+        if (own_row) {
+          const float* grad_h = reinterpret_cast<const float*>(stage + returned);
+          const T* grad = reinterpret_cast<const T*>(stage + 2 * map_bytes);
+          const float returning = p.returns[segment_index(p, b, row)];
+          float G[kColumns];
+#pragma unroll
+          for (int j = kColumns - 1; j >= 0; --j) {
+            const int i = b.segment * kColumns + j;
+            G[j] = 0.f;
+            if (b.owns(b.first + i)) {
+              G[j] = grad_h[stage_index(p.grad_h, float_pitch, b.channel, i)];
+              back = back.then({decay[j], decay[j] * G[j]});
+            }
+          }
+          __syncthreads();
+          float value = scan_block<kChannels, true>(back, warps).before(returning);
+#pragma unroll
+          for (int j = kColumns - 1; j >= 0; --j) {
+            const int i = b.segment * kColumns + j;
+            const bool owned = b.owns(b.first + i);
+            float to_B = 0.f;
+            if (owned) {
+              G[j] += value;
+              value = decay[j] * G[j];
+              const int at_u = stage_index(p.u, pitch, b.channel, i);
+              const int at_delta = stage_index(p.delta, pitch, b.channel, i);
+              const float input = to_float(u[at_u]);
+              const float gy = to_float(grad[stage_index(p.grad, pitch, b.channel, i)]);
+              const float to_exponent = value * (j == 0 ? entering : h[j > 0 ? j - 1 : 0]);
+              const float to_step = fmaf(to_exponent, c.A, G[j] * B[i] * input) * slope[j];
+              to_B = G[j] * dt[j] * input;
+              sums[25] = fmaf(to_exponent, dt[j], sums[25]);
+              sums[26] = fmaf(gy, input, sums[26]);
+              sums[27] += to_step;
+              u[at_u] = from_float<T>(fmaf(G[j] * dt[j], B[i], c.D * gy));
+              delta[at_delta] = from_float<T>(to_step);
+            }
+            to_B = sum_channels(to_B);
+            if (owned && b.channel == 0) p.grad_B[partial + static_cast<int64_t>(row) * width + b.first + i] = to_B;
+          }
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int i = b.segment * kColumns + j;
+          h[j] = b.first + i < b.last ? to_float(u[stage_index(p.u, pitch, b.channel, i)]) : 0.f;
+        }
+      }
+      put_states(ring + row % kRing * row_size, h, b, width);
+    }
+    __syncthreads();
+    if (kScan && own_row) {
+      unstage_row(u, p.grad_u, b, pitch, row);
+      unstage_row(reinterpret_cast<const T*>(stage + map_bytes), p.grad_delta, b, pitch, row);
+    }
+    const int q = row - kReach;
+    if (q < b.row0) continue;
+    const T* grad = reinterpret_cast<const T*>(stage + above);
+    const float* C = reinterpret_cast<const float*>(stage + lines + line);
+    const int column = b.column0 + b.segment * kColumns;
+    const int segment = column < b.column1 ? b.segment : 0;  // threads with nothing to do follow the others
+    float gy[kColumns], weighted[kColumns], fused[kColumns] = {};
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int i = column - b.first + j;
+      const bool inside = column + j < b.column1;
+      gy[j] = inside ? to_float(grad[stage_index(p.grad, pitch, b.channel, i)]) : 0.f;
+      weighted[j] = kScan && inside ? C[i] * gy[j] : gy[j];
+    }
+    visit_clamped(ring + (segment * kColumns + kReach) * kChannels + b.channel, row_size, q, height,
+                  [&](int tap, int j, float value) {
+                    if (kScan) fused[j] = fmaf(taps[tap], value, fused[j]);
+                    sums[tap] = fmaf(weighted[j], value, sums[tap]);
+                  });
+    if (kScan) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const float to_C = sum_channels(gy[j] * fused[j]);
+        if (column + j < b.column1 && b.channel == 0)
+          p.grad_C[partial + static_cast<int64_t>(q) * width + column + j] = to_C;
+      }
+    }
+  }
+
+  __syncthreads();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < kParameters; ++i) {
+    float sum = sums[i];
+    sum += __shfl_xor_sync(kFullWarp, sum, 8);
+    sum += __shfl_xor_sync(kFullWarp, sum, 16);
+    if (lane < kChannels) ring[(warp * kParameters + i) * kChannels + lane] = sum;
+  }
+  __syncthreads();
+  const int64_t index = (static_cast<int64_t>(b.batch) * p.plan.chunks + b.chunk) * p.plan.tiles + b.tile;
+  for (int i = threadIdx.x; i < kParameters * kChannels; i += blockDim.x) {
+    float sum = 0.f;
+    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) sum += ring[w * kParameters * kChannels + i];
+    const int64_t row = index * kParameters + i / kChannels;
+    p.parameters[row * b.groups * kChannels + b.channel0 + i % kChannels] = sum;
+  }
+}
+
+}  // namespace mmspatialmamba::cuda

@@ -1,0 +1,21 @@
+// The schemas of the compiled ops; mmspatialmamba/ops/library.py says what they compute, and adds autograd to them.
+#include <torch/library.h>
+
+TORCH_LIBRARY(mmspatialmamba_native, m) {
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus) -> Tensor");
+  m.def(
+      "selective_scan_backward(Tensor grad, Tensor h, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, "
+      "bool delta_softplus) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("state_fusion(Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha) -> Tensor");
+  m.def(
+      "state_fusion_backward(Tensor grad, Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "structure_aware_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor k1, Tensor k3, "
+      "Tensor k5, Tensor alpha, Tensor? delta_bias, bool delta_softplus) -> Tensor");
+  m.def(
+      "structure_aware_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, "
+      "Tensor k1, Tensor k3, Tensor k5, Tensor alpha, Tensor? delta_bias, bool delta_softplus) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
