@@ -45,6 +45,9 @@ ALWAYS_INLINE uint16_t from_float<uint16_t>(float x) {
 struct Row {
   float* data;
   int64_t stride;
+
+  // The row from pixel x on.
+  ALWAYS_INLINE Row at(int64_t x) const { return {data + x * stride, stride}; }
 };
 
 template <class T>
@@ -160,33 +163,75 @@ static inline void pad_with_zeros(float* row, int64_t width) {
   memset(row + (kReach + width) * kBlock, 0, kReach * kBlock * sizeof(float));
 }
 
-// A line of the fusion's kernel: taps at dy and up to three dx, the first of them the taps' number `first`.
+// A line of the fusion's kernel: a dilation's taps at dy, from left to right, the first of them tap number `first`. The
+// centre of dilation 3 and of 5 is part of that of dilation 1.
 struct Line {
-  int dy, first, count, dx[3];
+  int dilation, dy, first;
+  bool centre;
 };
 
-constexpr Line kLines[9] = {
-    {-1, 0, 3, {-1, 0, 1}},  {0, 3, 3, {-1, 0, 1}},  {1, 6, 3, {-1, 0, 1}},
-    {-3, 9, 3, {-3, 0, 3}},  {0, 12, 2, {-3, 3, 0}}, {3, 14, 3, {-3, 0, 3}},
-    {-5, 17, 3, {-5, 0, 5}}, {0, 20, 2, {-5, 5, 0}}, {5, 22, 3, {-5, 0, 5}},
+constexpr int kNumLines = 9;
+constexpr Line kLines[kNumLines] = {
+    {1, -1, 0, true}, {1, 0, 3, true},   {1, 1, 6, true},  {3, -3, 9, true},  {3, 0, 12, false},
+    {3, 3, 14, true}, {5, -5, 17, true}, {5, 0, 20, false}, {5, 5, 22, true},
 };
 
-// A pixel of a padded row, relative to the pixel that is computed, and the kernel's weights for it.
-struct Tap {
+static inline void mirror_lines(const float* weights, float* mirrored) {
+  for (const Line& line : kLines) {
+    const int last = line.first + (line.centre ? 2 : 1);
+    for (int i = line.first; i <= last; ++i) {
+      memcpy(mirrored + (line.first + last - i) * kBlock, weights + i * kBlock, kBlock * sizeof(float));
+    }
+  }
+}
+
+// A padded row, at the pixel before which kReach pixels of padding stand, and the line of the kernel that meets it.
+struct Meeting {
   const float* row;
-  const float* weight;
+  const float* weights;  // of the line's taps, kBlock floats each
+  int dilation;
+  bool centre;
 };
 
-// What `finish` gets: the sums of kPixels pixels from x on, of the channels of vector v.
+template <int kPixels, int kDilation, bool kCentre, int kSource>
+static ALWAYS_INLINE void meet_from(const float* pixel, Vec left, Vec middle, Vec right, Vec* total) {
+  if constexpr (kSource < kPixels + kDilation) {
+    constexpr bool kUsed = kSource >= 0 && kSource < kPixels;
+    constexpr bool kLeft = kSource + kDilation < kPixels;
+    constexpr bool kRight = kSource - kDilation >= 0;
+    if constexpr (kLeft || kRight || (kCentre && kUsed)) {
+      const Vec value = load(pixel + kSource * kBlock);
+      if constexpr (kLeft) total[kSource + kDilation] += left * value;
+      if constexpr (kCentre && kUsed) total[kSource] += middle * value;
+      if constexpr (kRight) total[kSource - kDilation] += right * value;
+    }
+    meet_from<kPixels, kDilation, kCentre, kSource + 1>(pixel, left, middle, right, total);
+  }
+}
+
+// Adds what a line of the kernel contributes to kPixels pixels; each of the row's pixels is loaded once.
+template <int kPixels, int kDilation, bool kCentre>
+static ALWAYS_INLINE void meet(const float* pixel, const float* weights, Vec* total) {
+  const Vec left = load(weights), right = load(weights + (kCentre ? 2 : 1) * kBlock);
+  const Vec middle = kCentre ? load(weights + kBlock) : Vec{};
+  meet_from<kPixels, kDilation, kCentre, -kDilation>(pixel, left, middle, right, total);
+}
+
+// What `finish` gets: the sums of pixel x, of the channels of vector v.
 template <int kPixels, class Finish>
-static ALWAYS_INLINE void convolve_pixels(const Tap* taps, int count, int64_t x, const Finish& finish) {
+static ALWAYS_INLINE void convolve_pixels(const Meeting* meetings, int count, int64_t x, const Finish& finish) {
   for (int v = 0; v < kVecs; ++v) {
     Vec total[kPixels] = {};
-    for (int t = 0; t < count; ++t) {
-      const Vec weight = load(taps[t].weight + v * kLanes);
-      const float* pixel = taps[t].row + x * kBlock + v * kLanes;
-#pragma GCC unroll 8
-      for (int i = 0; i < kPixels; ++i) total[i] += weight * load(pixel + i * kBlock);
+    for (int i = 0; i < count; ++i) {
+      const float* pixel = meetings[i].row + x * kBlock + v * kLanes;
+      const float* weights = meetings[i].weights + v * kLanes;
+      switch (meetings[i].dilation * 2 + meetings[i].centre) {
+        case 3: meet<kPixels, 1, true>(pixel, weights, total); break;
+        case 6: meet<kPixels, 3, false>(pixel, weights, total); break;
+        case 7: meet<kPixels, 3, true>(pixel, weights, total); break;
+        case 10: meet<kPixels, 5, false>(pixel, weights, total); break;
+        case 11: meet<kPixels, 5, true>(pixel, weights, total); break;
+      }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) finish(x + i, v, total[i]);
@@ -194,35 +239,35 @@ static ALWAYS_INLINE void convolve_pixels(const Tap* taps, int count, int64_t x,
 }
 
 template <class Finish>
-static ALWAYS_INLINE void convolve_row(const Tap* taps, int count, int64_t width, const Finish& finish) {
+static ALWAYS_INLINE void convolve_row(const Meeting* meetings, int count, int64_t width, const Finish& finish) {
   int64_t x = 0;
-  for (; x + 8 <= width; x += 8) convolve_pixels<8>(taps, count, x, finish);
+  for (; x + 8 <= width; x += 8) convolve_pixels<8>(meetings, count, x, finish);
   if (x + 4 <= width) {
-    convolve_pixels<4>(taps, count, x, finish);
+    convolve_pixels<4>(meetings, count, x, finish);
     x += 4;
   }
-  for (; x < width; ++x) convolve_pixels<1>(taps, count, x, finish);
+  for (; x < width; ++x) convolve_pixels<1>(meetings, count, x, finish);
 }
 
-// The taps that one output row of the fusion reads; row(r) is the padded row r.
+// Where one output row of the fusion meets the kernel's lines; row(r) is the padded row r.
 template <class GetRow>
-static ALWAYS_INLINE void fusion_taps(int64_t r, int64_t height, const float* weights, const GetRow& row, Tap* taps) {
-  for (const Line& line : kLines) {
+static ALWAYS_INLINE void fusion_meetings(int64_t r, int64_t height, const float* weights, const GetRow& row,
+                                          Meeting* meetings) {
+  for (int i = 0; i < kNumLines; ++i) {
+    const Line& line = kLines[i];
     const float* source = row(clamp(r + line.dy, height - 1));
-    for (int i = 0; i < line.count; ++i) {
-      taps[line.first + i] = {source + (kReach + line.dx[i]) * kBlock, weights + (line.first + i) * kBlock};
-    }
+    meetings[i] = {source + kReach * kBlock, weights + line.first * kBlock, line.dilation, line.centre};
   }
 }
 
-constexpr int kMostTransposedTaps = 64;
+constexpr int kMostMeetings = 32;
 
 // The transposed fusion: the gradient of row q of the states, from the rows of the gradient g of the fusion, padded with
-// zeros. `target` has kBlock floats a pixel.
+// zeros. `mirrored` are the weights, each line from right to left; `target` has kBlock floats a pixel.
 template <class GetRow>
-static inline void transposed_fusion(int64_t q, int64_t height, int64_t width, const float* weights, const GetRow& g,
+static inline void transposed_fusion(int64_t q, int64_t height, int64_t width, const float* mirrored, const GetRow& g,
                                      float* target) {
-  Tap taps[kMostTransposedTaps];
+  Meeting meetings[kMostMeetings];
   int count = 0;
   alignas(64) float first[kBlock] = {}, last[kBlock] = {};
   for (const Line& line : kLines) {
@@ -230,37 +275,39 @@ static inline void transposed_fusion(int64_t q, int64_t height, int64_t width, c
     const int64_t high = q == height - 1 ? height - 1 : q - line.dy;
     for (int64_t r = larger(low, 0); r <= smaller(high, height - 1); ++r) {
       if (clamp(r + line.dy, height - 1) != q) continue;
-      const float* row = g(r);
-      for (int i = 0; i < line.count; ++i) {
-        const int dx = line.dx[i];
-        const float* weight = weights + (line.first + i) * kBlock;
-        taps[count++] = {row + (kReach - dx) * kBlock, weight};
-        for (int64_t x = 0; x < smaller(-dx, width); ++x) {
-          for (int c = 0; c < kBlock; ++c) first[c] += weight[c] * row[(kReach + x) * kBlock + c];
-        }
-        for (int64_t x = larger(width - dx, 0); x < width; ++x) {
-          for (int c = 0; c < kBlock; ++c) last[c] += weight[c] * row[(kReach + x) * kBlock + c];
+      const float* row = g(r) + kReach * kBlock;
+      const float* right = mirrored + line.first * kBlock;
+      const float* left = right + (line.centre ? 2 : 1) * kBlock;
+      meetings[count++] = {row, right, line.dilation, line.centre};
+      for (int64_t x = 0; x < smaller(line.dilation, width); ++x) {
+        for (int c = 0; c < kBlock; ++c) {
+          first[c] += left[c] * row[x * kBlock + c];
+          last[c] += right[c] * row[(width - 1 - x) * kBlock + c];
         }
       }
     }
   }
-  convolve_row(taps, count, width, [&](int64_t x, int v, Vec total) { store(target + x * kBlock + v * kLanes, total); });
+  convolve_row(meetings, count, width,
+               [&](int64_t x, int v, Vec total) { store(target + x * kBlock + v * kLanes, total); });
   for (int c = 0; c < kBlock; ++c) {
     target[c] += first[c];
     target[(width - 1) * kBlock + c] += last[c];
   }
 }
 
-template <int kCount>
-static ALWAYS_INLINE void line_gradient(const float* g, const float* source, const int* dx, int64_t width, float* sums) {
+template <int kDilation, bool kCentre>
+static void line_gradient(const float* g, const float* source, int64_t width, float* sums) {
+  constexpr int kCount = kCentre ? 3 : 2;
+  constexpr int kFirst = -kDilation * kBlock, kStep = (kCentre ? 1 : 2) * kDilation * kBlock;
   for (int v = 0; v < kVecs; v += 2) {
     Vec total[2][kCount] = {};
     for (int64_t x = 0; x < width; ++x) {
+#pragma GCC unroll 2
       for (int w = 0; w < 2; ++w) {
-        const int64_t offset = (kReach + x) * kBlock + (v + w) * kLanes;
+        const int64_t offset = x * kBlock + (v + w) * kLanes;
         const Vec grad = load(g + offset);
 #pragma GCC unroll 3
-        for (int i = 0; i < kCount; ++i) total[w][i] += grad * load(source + offset + dx[i] * kBlock);
+        for (int i = 0; i < kCount; ++i) total[w][i] += grad * load(source + offset + kFirst + i * kStep);
       }
     }
     for (int w = 0; w < 2; ++w) {
@@ -276,13 +323,16 @@ static ALWAYS_INLINE void line_gradient(const float* g, const float* source, con
 template <class GetRow>
 static inline void taps_gradient(int64_t r, int64_t height, int64_t width, const float* g, const GetRow& state,
                                  float* sums) {
+  g += kReach * kBlock;
   for (const Line& line : kLines) {
-    const float* source = state(clamp(r + line.dy, height - 1));
+    const float* source = state(clamp(r + line.dy, height - 1)) + kReach * kBlock;
     float* target = sums + line.first * kBlock;
-    if (line.count == 3) {
-      line_gradient<3>(g, source, line.dx, width, target);
-    } else {
-      line_gradient<2>(g, source, line.dx, width, target);
+    switch (line.dilation * 2 + line.centre) {
+      case 3: line_gradient<1, true>(g, source, width, target); break;
+      case 6: line_gradient<3, false>(g, source, width, target); break;
+      case 7: line_gradient<3, true>(g, source, width, target); break;
+      case 10: line_gradient<5, false>(g, source, width, target); break;
+      case 11: line_gradient<5, true>(g, source, width, target); break;
     }
   }
 }

@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "time_step.h"
 
 namespace mmspatialmamba {
 namespace ISA {
@@ -33,6 +33,7 @@ void selective_scan(const SelectiveScanArgs& args, float* h, int64_t batch, int6
   alignas(64) float bias[kBlock];
   copy_block(args.bias, 0, 1, args.dim, block, bias);
   constexpr int64_t kStaged = kPiece * kBlock;
+  TimeSteps steps;
   for (int64_t n = 0; n < args.state; ++n) {
     alignas(64) float A[kBlock];
     copy_A(args, block, n, A);
@@ -45,14 +46,18 @@ void selective_scan(const SelectiveScanArgs& args, float* h, int64_t batch, int6
       const Row delta = Rows(piece_of(args.delta, first), batch, block, args.dim, tokens, scratch + kStaged).read(0);
       const Rows out(piece_of(target, first), batch, block, args.dim, tokens, scratch + 2 * kStaged);
       const Row row = out.open(0);
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int v = 0; v < kVecs; ++v) {
-          const int c = v * kLanes;
-          Vec dt = load(delta.data + t * delta.stride + c) + load(bias + c);
-          if (args.softplus) dt = softplus<false>(dt).value;
-          const Vec drive = dt * B[first + t] * load(u.data + t * u.stride + c);
-          state[v] = exp2(dt * (load(A + c) * kLog2E)) * state[v] + drive;
-          store(row.data + t * row.stride + c, state[v]);
+      for (int64_t start = 0; start < tokens; start += kChunk) {
+        const int count = static_cast<int>(smaller(kChunk, tokens - start));
+        args.softplus ? time_steps<true, false>(delta.at(start), count, bias, A, steps)
+                      : time_steps<false, false>(delta.at(start), count, bias, A, steps);
+        for (int i = 0; i < count; ++i) {
+          const int64_t t = start + i;
+          for (int v = 0; v < kVecs; ++v) {
+            const int c = v * kLanes;
+            const Vec drive = load(steps.value + i * kBlock + c) * B[first + t] * load(u.at(t).data + c);
+            state[v] = load(steps.decay + i * kBlock + c) * state[v] + drive;
+            store(row.at(t).data + c, state[v]);
+          }
         }
       }
       out.written(0);
@@ -71,6 +76,7 @@ void selective_scan_backward(const SelectiveScanArgs& args, const float* grad, c
   float* carries = sums_A + args.state * kBlock;
   memset(sums_A, 0, 2 * args.state * kBlock * sizeof(float));
   alignas(64) float sums_bias[kBlock] = {};
+  TimeSteps steps;
 
   const int64_t pieces = (args.length + kPiece - 1) / kPiece;
   for (int64_t first = (pieces - 1) * kPiece; first >= 0; first -= kPiece) {
@@ -91,30 +97,35 @@ void selective_scan_backward(const SelectiveScanArgs& args, const float* grad, c
         before[c] = h[((batch * args.dim + block * kBlock + c) * args.state + n) * args.length + first - 1];
       }
       Vec total_A[kVecs] = {}, total_bias[kVecs] = {};
-      for (int64_t t = tokens - 1; t >= 0; --t) {
-        const float* state_before = t > 0 ? row_h.data + (t - 1) * row_h.stride : before;
-        const float B_t = B[first + t];
-        Vec total_B{};
-        for (int v = 0; v < kVecs; ++v) {
-          const int c = v * kLanes;
-          const Vec input = load(u.data + t * u.stride + c);
-          Softplus dt{load(delta.data + t * delta.stride + c) + load(bias + c), broadcast(1.f)};
-          if (args.softplus) dt = softplus<true>(dt.value);
-          float* carry = carries + n * kBlock + c;
-          const Vec total = load(row_grad.data + t * row_grad.stride + c) + load(carry);
-          const Vec decayed = exp2(dt.value * (load(A + c) * kLog2E)) * total;
-          store(carry, decayed);
-          const Vec grad_exponent = decayed * load(state_before + c);
-          const Vec grad_dt = (grad_exponent * load(A + c) + total * B_t * input) * dt.derivative;
-          total_A[v] += grad_exponent * dt.value;
-          total_B += total * dt.value * input;
-          total_bias[v] += grad_dt;
-          float* target_u = row_u.data + t * row_u.stride + c;
-          float* target_delta = row_delta.data + t * row_delta.stride + c;
-          store(target_u, total * dt.value * B_t + (n > 0 ? load(target_u) : Vec{}));
-          store(target_delta, grad_dt + (n > 0 ? load(target_delta) : Vec{}));
+      for (int64_t start = (tokens - 1) / kChunk * kChunk; start >= 0; start -= kChunk) {
+        const int count = static_cast<int>(smaller(kChunk, tokens - start));
+        args.softplus ? time_steps<true, true>(delta.at(start), count, bias, A, steps)
+                      : time_steps<false, true>(delta.at(start), count, bias, A, steps);
+        for (int i = count - 1; i >= 0; --i) {
+          const int64_t t = start + i;
+          const float* state_before = t > 0 ? row_h.at(t - 1).data : before;
+          const float B_t = B[first + t];
+          Vec total_B{};
+          for (int v = 0; v < kVecs; ++v) {
+            const int c = v * kLanes;
+            const Vec input = load(u.at(t).data + c), dt = load(steps.value + i * kBlock + c);
+            float* carry = carries + n * kBlock + c;
+            const Vec total = load(row_grad.at(t).data + c) + load(carry);
+            const Vec decayed = load(steps.decay + i * kBlock + c) * total;
+            store(carry, decayed);
+            const Vec grad_exponent = decayed * load(state_before + c);
+            const Vec grad_dt =
+                (grad_exponent * load(A + c) + total * B_t * input) * load(steps.derivative + i * kBlock + c);
+            total_A[v] += grad_exponent * dt;
+            total_B += total * dt * input;
+            total_bias[v] += grad_dt;
+            float* target_u = row_u.at(t).data + c;
+            float* target_delta = row_delta.at(t).data + c;
+            store(target_u, total * dt * B_t + (n > 0 ? load(target_u) : Vec{}));
+            store(target_delta, grad_dt + (n > 0 ? load(target_delta) : Vec{}));
+          }
+          row_B[first + t] = sum(total_B);
         }
-        row_B[first + t] = sum(total_B);
       }
       add(total_A, sums_A + n * kBlock);
       add(total_bias, sums_bias);

@@ -23,10 +23,10 @@ void fusion(const FusionArgs& args, const Map& g, int64_t batch, int64_t block, 
     }
     const int64_t q = r - kReach;
     if (q < 0) continue;
-    Tap taps[kTaps];
-    fusion_taps(q, height, weights, row, taps);
+    Meeting meetings[kNumLines];
+    fusion_meetings(q, height, weights, row, meetings);
     const Row target = out.open(q);
-    convolve_row(taps, kTaps, width, [&](int64_t x, int v, Vec total) {
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, int v, Vec total) {
       store(target.data + x * target.stride + v * kLanes, total);
     });
     out.written(q);
@@ -53,7 +53,8 @@ void fusion_backward(const FusionArgs& args, const Map& grad, const Map& grad_h,
     }
   };
 
-  alignas(64) float grad_taps[kTaps * kBlock] = {};
+  alignas(64) float grad_taps[kTaps * kBlock] = {}, mirrored[kTaps * kBlock];
+  mirror_lines(weights, mirrored);
   for (int64_t r = 0; r < height + kReach; ++r) {
     if (r < height) {
       copy(h.read(r), state_row(r));
@@ -64,7 +65,7 @@ void fusion_backward(const FusionArgs& args, const Map& grad, const Map& grad_h,
     const int64_t q = r - kReach;
     if (q < 0) continue;
     taps_gradient(q, height, width, grad_row(q), state_row, grad_taps);
-    transposed_fusion(q, height, width, weights, grad_row, sum);
+    transposed_fusion(q, height, width, mirrored, grad_row, sum);
     const Row target = out.open(q);
     for (int64_t x = 0; x < width; ++x) {
       memcpy(target.data + x * target.stride, sum + x * kBlock, kBlock * sizeof(float));

@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "time_step.h"
 
 namespace mmspatialmamba {
 namespace ISA {
@@ -19,24 +19,30 @@ struct Parameters {
   }
 };
 
-constexpr int kAhead = 8;  // pixels
+void prefetch(const Row& row, int64_t first) {
+  constexpr int kLine = 16;
+  for (int x = 0; x < kChunk; ++x) {
+    for (int c = 0; c < kBlock; c += kLine) __builtin_prefetch(row.data + (first + x) * row.stride + c);
+  }
+}
 
 template <bool kSoftplus>
 void scan_row(const Row& u, const Row& delta, const float* B, const Parameters& parameters, int64_t width, Vec* state,
               float* target) {
-  for (int64_t x = 0; x < width; ++x) {
-    __builtin_prefetch(u.data + (x + kAhead) * u.stride);
-    __builtin_prefetch(u.data + (x + kAhead) * u.stride + kBlock / 2);
-    __builtin_prefetch(delta.data + (x + kAhead) * delta.stride);
-    __builtin_prefetch(delta.data + (x + kAhead) * delta.stride + kBlock / 2);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const int c = v * kLanes;
-      Vec dt = load(delta.data + x * delta.stride + c) + load(parameters.bias + c);
-      if (kSoftplus) dt = softplus<false>(dt).value;
-      const Vec decay = exp2(dt * (load(parameters.A + c) * kLog2E));
-      state[v] = decay * state[v] + dt * B[x] * load(u.data + x * u.stride + c);
-      store(target + x * kBlock + c, state[v]);
+  TimeSteps steps;
+  for (int64_t first = 0; first < width; first += kChunk) {
+    const int count = static_cast<int>(smaller(kChunk, width - first));
+    prefetch(u, first + kChunk);
+    prefetch(delta, first + kChunk);
+    time_steps<kSoftplus, false>(delta.at(first), count, parameters.bias, parameters.A, steps);
+    for (int x = 0; x < count; ++x) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const int c = v * kLanes, i = x * kBlock + c;
+        const Vec drive = load(steps.value + i) * B[first + x] * load(u.data + (first + x) * u.stride + c);
+        state[v] = load(steps.decay + i) * state[v] + drive;
+        store(target + (first + x) * kBlock + c, state[v]);
+      }
     }
   }
 }
@@ -59,30 +65,35 @@ void reverse_row(const Row& u, const Row& delta, const Row& grad_y, const Row& g
                  const float* B, const Parameters& parameters, int64_t width, const float* grad_state,
                  const float* state, const float* state_before, float* grad_B, Reverse& reverse) {
   Vec total_A[kVecs] = {}, total_D[kVecs] = {}, total_bias[kVecs] = {};
-  for (int64_t x = width - 1; x >= 0; --x) {
-    const float* before = x > 0 ? state + (x - 1) * kBlock : state_before;
-    Vec total_B{};
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const int c = v * kLanes;
-      const Vec A = load(parameters.A + c);
-      const Vec input = load(u.data + x * u.stride + c);
-      Softplus dt{load(delta.data + x * delta.stride + c) + load(parameters.bias + c), broadcast(1.f)};
-      if (kSoftplus) dt = softplus<true>(dt.value);
-      const Vec decay = exp2(dt.value * (A * kLog2E));
-      const Vec grad = load(grad_state + x * kBlock + c) + reverse.carry[v];
-      reverse.carry[v] = decay * grad;
-      const Vec grad_exponent = reverse.carry[v] * load(before + c);
-      const Vec grad_dt = (grad_exponent * A + grad * B[x] * input) * dt.derivative;
-      const Vec out = load(grad_y.data + x * grad_y.stride + c);
-      total_B += grad * dt.value * input;
-      total_A[v] += grad_exponent * dt.value;
-      total_D[v] += out * input;
-      total_bias[v] += grad_dt;
-      store(grad_u.data + x * grad_u.stride + c, grad * dt.value * B[x] + load(parameters.D + c) * out);
-      store(grad_delta.data + x * grad_delta.stride + c, grad_dt);
+  TimeSteps steps;
+  for (int64_t first = (width - 1) / kChunk * kChunk; first >= 0; first -= kChunk) {
+    const int count = static_cast<int>(smaller(kChunk, width - first));
+    const Row* rows[] = {&u, &delta, &grad_y, &grad_u, &grad_delta};
+    for (const Row* row : rows) prefetch(*row, first - kChunk);
+    time_steps<kSoftplus, true>(delta.at(first), count, parameters.bias, parameters.A, steps);
+    for (int i = count - 1; i >= 0; --i) {
+      const int64_t x = first + i;
+      const float* before = x > 0 ? state + (x - 1) * kBlock : state_before;
+      Vec total_B{};
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const int c = v * kLanes;
+        const Vec dt = load(steps.value + i * kBlock + c), input = load(u.data + x * u.stride + c);
+        const Vec grad = load(grad_state + x * kBlock + c) + reverse.carry[v];
+        reverse.carry[v] = load(steps.decay + i * kBlock + c) * grad;
+        const Vec grad_exponent = reverse.carry[v] * load(before + c);
+        const Vec grad_dt = (grad_exponent * load(parameters.A + c) + grad * B[x] * input) *
+                            load(steps.derivative + i * kBlock + c);
+        const Vec out = load(grad_y.data + x * grad_y.stride + c);
+        total_B += grad * dt * input;
+        total_A[v] += grad_exponent * dt;
+        total_D[v] += out * input;
+        total_bias[v] += grad_dt;
+        store(grad_u.data + x * grad_u.stride + c, grad * dt * B[x] + load(parameters.D + c) * out);
+        store(grad_delta.data + x * grad_delta.stride + c, grad_dt);
+      }
+      grad_B[x] = sum(total_B);
     }
-    grad_B[x] = sum(total_B);
   }
   add(total_A, reverse.A);
   add(total_D, reverse.D);
@@ -111,10 +122,10 @@ void scan(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, floa
     }
     const int64_t q = r - kReach;
     if (q < 0) continue;
-    Tap taps[kTaps];
-    fusion_taps(q, height, parameters.taps, row, taps);
+    Meeting meetings[kNumLines];
+    fusion_meetings(q, height, parameters.taps, row, meetings);
     const Row input = u.read(q), output = out.open(q);
-    convolve_row(taps, kTaps, width, [&](int64_t x, int v, Vec g) {
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, int v, Vec g) {
       const int c = v * kLanes;
       const Vec skip = load(parameters.D + c) * load(input.data + x * input.stride + c);
       store(output.data + x * output.stride + c, g * C[q * width + x] + skip);
@@ -148,15 +159,16 @@ void scan_backward(const ScanArgs& args, const ScanGradients& gradients, int64_t
     pad_with_edges(state_row(r), width);
   }
 
-  alignas(64) float grad_taps[kTaps * kBlock] = {};
+  alignas(64) float grad_taps[kTaps * kBlock] = {}, mirrored[kTaps * kBlock];
+  mirror_lines(parameters.taps, mirrored);
   const auto enter = [&](int64_t r) {
     const Row grad = y.read(r);
     float* g = ring_row(r);
     pad_with_zeros(g, width);
     float* products = grad_state;
-    Tap taps[kTaps];
-    fusion_taps(r, height, parameters.taps, state_row, taps);
-    convolve_row(taps, kTaps, width, [&](int64_t x, int v, Vec fused) {
+    Meeting meetings[kNumLines];
+    fusion_meetings(r, height, parameters.taps, state_row, meetings);
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, int v, Vec fused) {
       const Vec out = load(grad.data + x * grad.stride + v * kLanes);
       store(g + (kReach + x) * kBlock + v * kLanes, out * C[r * width + x]);
       const Vec product = out * fused;
@@ -171,7 +183,7 @@ void scan_backward(const ScanArgs& args, const ScanGradients& gradients, int64_t
   int64_t entered = height;
   for (int64_t q = height - 1; q >= 0; --q) {
     while (entered > larger(q - kReach, 0)) enter(--entered);
-    transposed_fusion(q, height, width, parameters.taps, ring_row, grad_state);
+    transposed_fusion(q, height, width, mirrored, ring_row, grad_state);
     const float* before = q > 0 ? state_row(q - 1) + (kReach + width - 1) * kBlock : zeros;
     (args.softplus ? reverse_row<true> : reverse_row<false>)(
         u.read(q), delta.read(q), y.read(q), grad_u.open(q), grad_delta.open(q), B + q * width, parameters, width,

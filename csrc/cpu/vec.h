@@ -50,8 +50,8 @@ static ALWAYS_INLINE Vec absolute(Vec v) {
 
 // A NaN stays what it is.
 static ALWAYS_INLINE Vec clamp(Vec v, float low, float high) {
-  v = v < low ? broadcast(low) : v;
-  return v > high ? broadcast(high) : v;
+  v = low > v ? broadcast(low) : v;
+  return high < v ? broadcast(high) : v;
 }
 
 static ALWAYS_INLINE float sum(Vec v) {
@@ -65,50 +65,23 @@ static ALWAYS_INLINE Vec exp2(Vec x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   x = clamp(x, -127.f, 128.4f);
   const Vec shifted = x + kRound;
-  const Vec f = x - (shifted - kRound);
-  Vec q = 1.54035126e-4f * f + 1.33907355e-3f;
-  q = q * f + 9.61823749e-3f;
-  q = q * f + 5.55035743e-2f;
-  q = q * f + 2.40226498e-1f;
-  q = q * f + 6.93147181e-1f;
+  const Vec f = x - (shifted - kRound), f2 = f * f;
+  const Vec low = 2.40226498e-1f * f + 6.93147181e-1f;
+  const Vec middle = 9.61823749e-3f * f + 5.55035743e-2f;
+  const Vec high = 1.54035126e-4f * f + 1.33907355e-3f;
+  const Vec q = (high * f2 + middle) * f2 + low;
   const Vec scale = reinterpret_cast<Vec>((bits(shifted) + 127) << 23);
   return (q * f + 1.f) * scale;
 }
 
 constexpr float kLog2E = 1.44269504f;
 
-// softplus(x) = max(x, 0) + log(1 + z) with z = exp(-|x|), where log(1 + z) = 2 atanh(z / (2 + z)) keeps its relative
-// accuracy for small z. The derivative is the logistic function.
-struct Softplus {
-  Vec value;
-  Vec derivative;
-};
-
-template <bool kWithDerivative>
-static ALWAYS_INLINE Softplus softplus(Vec x) {
-  const Vec z = exp2(absolute(x) * -kLog2E);
-  Softplus result;
-  Vec s;
-  if (kWithDerivative) {
-    const Vec inverse = 1.f / ((z + 1.f) * (z + 2.f));
-    s = z * (z + 1.f) * inverse;
-    result.derivative = (x < 0.f ? z : broadcast(1.f)) * (z + 2.f) * inverse;
-  } else {
-    s = z / (z + 2.f);
-  }
-  const Vec t = s * s;
-  Vec p = 2.81783349e-1f * t + 2.79606028e-1f;
-  p = p * t + 4.00249103e-1f;
-  p = p * t + 6.66663147e-1f;
-  p = p * t + 2.f;
-  const Vec positive = x < 0.f ? Vec{} : x;
-  result.value = p * s + positive;
-  return result;
-}
-
-// 1 / (1 + exp(-x)).
-static ALWAYS_INLINE Vec logistic(Vec x) {
-  return 1.f / (exp2(x * -kLog2E) + 1.f);
+// log(1 + z) for z in [0, 1], given z / (2 + z): 2 atanh of it, which keeps its relative accuracy for small z.
+static ALWAYS_INLINE Vec log1p_from(Vec s) {
+  const Vec t = s * s, t2 = t * t;
+  const Vec low = 6.66663147e-1f * t + 2.f;
+  const Vec high = 2.79606028e-1f * t + 4.00249103e-1f;
+  return ((2.81783349e-1f * t2 + high) * t2 + low) * s;
 }
 
 }  // namespace ISA
