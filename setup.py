@@ -1,18 +1,72 @@
-"""Packages mmspatialmamba: pure Python, with configs and tools in ``mmspatialmamba/.mim``."""
+"""Packages mmspatialmamba, with configs and tools in ``mmspatialmamba/.mim``, and compiles its ops where it can.
+
+README.md tells the environment variables that steer the compilation.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import runpy
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, errors, find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / 'mmspatialmamba'
+WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
+FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
+CUDA_ARCHITECTURES = '8.0;9.0+PTX'
+CPU_KERNELS = [f'csrc/cpu/{name}.cpp' for name in ('structure_aware_scan', 'selective_scan', 'state_fusion', 'table')]
+INSTRUCTION_SETS = {
+    'baseline': [],
+    'avx2': ['-mavx2', '-mfma', '-mf16c'],
+    'avx512': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mf16c'],
+}
+
+
+def say(message: str) -> None:
+    """Print a line about the compilation."""
+    print(f'mmspatialmamba: {message}', file=sys.stderr, flush=True)
+
+
+def find_cuda_home() -> Path | None:
+    """Find the CUDA toolkit: ``CUDA_HOME``, ``CUDA_PATH``, the usual folder, or where nvcc is."""
+    nvcc = shutil.which('nvcc')
+    named = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda']
+    for home in [*named, Path(nvcc).resolve().parents[1] if nvcc else None]:
+        if home and Path(home, 'bin', 'nvcc').is_file() and Path(home, 'include', 'cuda_runtime.h').is_file():
+            return Path(home)
+    return None
+
+
+CUDA_HOME = find_cuda_home()
+if CUDA_HOME:
+    os.environ['CUDA_HOME'] = str(CUDA_HOME)
+
+if WITH_OPS != '0':
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+    except ImportError as error:
+        if WITH_OPS == '1':
+            raise SystemExit(
+                f'MMSPATIALMAMBA_WITH_OPS=1 needs torch while building ({error}): install torch first, then this '
+                'package with pip install --no-build-isolation'
+            ) from error
+        say('torch is not there while building (pip install --no-build-isolation shows it): the ops are not compiled')
+        WITH_OPS = '0'
+
+if WITH_OPS is None and not any(
+    shutil.which(command.split()[0]) for command in filter(None, [os.environ.get('CXX', 'c++'), 'g++'])
+):
+    say('there is no C++ compiler (c++ or g++, or what CXX names): the ops are not compiled')
+    WITH_OPS = '0'
 
 
 def mim_sources() -> list[Path]:
@@ -69,6 +123,104 @@ class BuildPy(build_py):
                 shutil.copy2(source, mim / source.name)
 
 
+def wants_cuda() -> bool:
+    """Tell whether CUDA kernels are to be compiled: for a CUDA torch with a toolkit at hand, or ``FORCE_CUDA=1``."""
+    if FORCE_CUDA:
+        reason = None
+        if CUDA_HOME is None:
+            reason = 'a CUDA toolkit: install one and set CUDA_HOME'
+        elif torch.version.cuda is None:
+            reason = f'a torch with CUDA, but torch {torch.__version__} has none'
+        if reason:
+            raise SystemExit(f'FORCE_CUDA=1 needs {reason}')
+        return True
+    return CUDA_HOME is not None and torch.version.cuda is not None
+
+
+def native_extension(with_cuda: bool) -> Extension:
+    """Describe the library of compiled ops, but for the CPU kernels, which are compiled once per instruction set.
+
+    Args:
+        with_cuda (bool): Whether it has CUDA kernels.
+
+    Returns:
+        Extension: For ``BuildExtension``.
+    """
+    sources = ['csrc/extension.cpp', 'csrc/cpu/ops.cpp']
+    libraries = ['c10', 'torch', 'torch_cpu']
+    if with_cuda:
+        sources += ['csrc/cuda/ops.cpp', *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob('csrc/cuda/*.cu')))]
+        libraries += ['c10_cuda', 'torch_cuda', 'cudart']
+    device = 'cuda' if with_cuda else 'cpu'
+    # Where pip installed CUDA's libraries, their headers stand beside torch, and may be missing in the toolkit.
+    wheels = [str(path) for path in sorted(Path(torch.__file__).parents[1].glob('nvidia/cu*/include'))]
+    return Extension(
+        'mmspatialmamba.ops._native',
+        sources,
+        include_dirs=[*include_paths(device), *(wheels if with_cuda else [])],
+        library_dirs=library_paths(device),
+        libraries=libraries,
+        extra_compile_args={'cxx': ['-O2', '-g0'], 'nvcc': ['-O3']},
+        language='c++',
+    )
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """The instruction sets to compile the CPU kernels for, with the compiler's options for each."""
+    if platform.machine().lower() in ('x86_64', 'amd64'):
+        return INSTRUCTION_SETS
+    return {'baseline': []}
+
+
+if WITH_OPS != '0':
+
+    class BuildNative(BuildExtension):
+        """Compiles the ops, with CUDA kernels or else without, or says why it could not."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, 'no_python_abi_suffix': True})
+
+        def build_extensions(self):
+            os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHITECTURES)
+            (extension,) = self.extensions
+            attempts = [True] if FORCE_CUDA else [True, False] if wants_cuda() else [False]
+            for with_cuda in attempts:
+                what = 'the ops for CPU and CUDA' if with_cuda else 'the ops for the CPU'
+                say(f'compiling {what}')
+                vars(extension).update(vars(native_extension(with_cuda)))
+                try:
+                    extension.extra_objects = self.compile_cpu_kernels()
+                    super().build_extensions()
+                    return
+                except (OSError, RuntimeError, errors.BaseError, errors.CompileError, errors.LinkError) as error:
+                    last = with_cuda is attempts[-1]
+                    if last and (WITH_OPS == '1' or FORCE_CUDA):
+                        raise
+                    consequence = 'they run on plain PyTorch' if last else 'now without CUDA'
+                    say(f'{what} could not be compiled ({" ".join(str(error).split())[-300:]}): {consequence}')
+            self.extensions.clear()
+
+        def compile_cpu_kernels(self):
+            """Compile the CPU kernels once for each instruction set.
+
+            Returns:
+                list[str]: The object files.
+            """
+
+            def compile_for(name):
+                return self.compiler.compile(
+                    CPU_KERNELS,
+                    output_dir=str(Path(self.build_temp, name)),
+                    macros=[('ISA', name)],
+                    depends=[str(path) for path in ROOT.glob('csrc/cpu/*.h')],
+                    extra_postargs=['-std=c++17', '-O3', '-g0', *instruction_sets()[name]],
+                )
+
+            jobs = int(os.environ.get('MAX_JOBS') or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as pool:
+                return [path for paths in pool.map(compile_for, instruction_sets()) for path in paths]
+
+
 class EditableWheel(editable_wheel):
     """Lets ``mmengine.utils.get_installed_path`` find the package of an editable install.
 
@@ -103,6 +255,11 @@ setup(
         'demo': requirements('runtime'),
         'tests': requirements('tests'),
     },
-    cmdclass={'build_py': BuildPy, 'editable_wheel': EditableWheel},
+    ext_modules=[] if WITH_OPS == '0' else [native_extension(wants_cuda())],
+    cmdclass={
+        'build_py': BuildPy,
+        'editable_wheel': EditableWheel,
+        **({} if WITH_OPS == '0' else {'build_ext': BuildNative}),
+    },
     zip_safe=False,
 )
