@@ -18,4 +18,12 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "structure_aware_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, "
       "Tensor k1, Tensor k3, Tensor k5, Tensor alpha, Tensor? delta_bias, bool delta_softplus) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor bias, str finish) -> Tensor");
+  m.def(
+      "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, str finish) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def("gated_layer_norm(Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def(
+      "gated_layer_norm_backward(Tensor grad, Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
 }

@@ -52,6 +52,35 @@ struct SelectiveScanArgs {
   bool softplus;
 };
 
+// What a depthwise convolution ends with: nothing, SiLU, or the addition of its input.
+enum class Finish { kNone, kSilu, kResidual };
+
+struct ConvArgs {
+  int64_t batch, dim, height, width;
+  Map x;
+  const float* weights;  // (9, dim)
+  const float* bias;     // (dim)
+  Finish finish;
+};
+
+// A (rows, dim) tensor whose channels lie side by side.
+struct Matrix {
+  void* data;
+  Type type;
+  int64_t row;
+};
+
+struct NormArgs {
+  int64_t rows, dim;
+  Matrix x, gate;
+  const float* weight;  // (dim), with zeros up to vectors(dim)
+  const float* bias;    // like weight
+  float eps;
+};
+
+// `dim` floats in whole vectors of any instruction set.
+inline int64_t vectors(int64_t dim) { return (dim + 15) / 16 * 16; }
+
 // A task is one image of the batch and one block of channels. `scratch` is memory for its own use, see below, aligned
 // to 64 bytes.
 struct Kernels {
@@ -67,6 +96,16 @@ struct Kernels {
   void (*selective_scan_backward)(const SelectiveScanArgs&, const float* grad, const float* h, const Map& grad_u,
                                   const Map& grad_delta, float* grad_A, float* grad_B, float* grad_bias,
                                   int64_t batch, int64_t block, float* scratch);
+  // Rows `first` to `last` - 1.
+  void (*depthwise_conv)(const ConvArgs&, const Map& y, int64_t batch, int64_t block, int64_t first, int64_t last,
+                         float* scratch);
+  // sums: (10, batch, dim), of the 9 weights and of the bias
+  void (*depthwise_conv_backward)(const ConvArgs&, const Map& grad, const Map& grad_x, float* sums, int64_t batch,
+                                  int64_t block, float* scratch);
+  void (*gated_layer_norm)(const NormArgs&, const Matrix& out, int64_t first, int64_t last, float* scratch);
+  // sums: (2, dim), of weight and bias
+  void (*gated_layer_norm_backward)(const NormArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& grad_gate,
+                                    float* sums, int64_t first, int64_t last, float* scratch);
 };
 
 inline int64_t blocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }
@@ -80,6 +119,10 @@ inline int64_t fusion(int64_t width) { return rows(11, width + 10) + rows(2, wid
 inline int64_t fusion_backward(int64_t width) { return rows(22, width + 10) + rows(4, width); }
 inline int64_t selective_scan() { return rows(3, 64); }
 inline int64_t selective_scan_backward(int64_t state) { return rows(6, 64) + rows(2, state); }
+inline int64_t depthwise_conv(int64_t width) { return rows(3, width + 10) + rows(2, width); }
+inline int64_t depthwise_conv_backward(int64_t width) { return rows(8, width + 10) + rows(3, width); }
+inline int64_t gated_layer_norm(int64_t dim) { return 3 * vectors(dim); }
+inline int64_t gated_layer_norm_backward(int64_t dim) { return 7 * vectors(dim); }
 }  // namespace scratch
 
 }  // namespace mmspatialmamba

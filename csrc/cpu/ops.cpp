@@ -27,6 +27,8 @@ extern const Kernels table;
 
 namespace {
 
+using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors11 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                              at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -232,6 +234,130 @@ Tensors5 selective_scan_backward(const at::Tensor& grad, const at::Tensor& h, co
           bias ? as(grad_bias.sum(0), *bias) : at::zeros({args.dim}, A.options())};
 }
 
+Finish finish_of(const std::string& name) {
+  if (name == "silu") return Finish::kSilu;
+  if (name == "residual") return Finish::kResidual;
+  TORCH_CHECK(name == "none", "depthwise_conv: finish must be 'none', 'silu' or 'residual', but is '", name, "'");
+  return Finish::kNone;
+}
+
+struct Conv {
+  static constexpr const char* kOp = "depthwise_conv";
+  at::Tensor weights, bias;
+  ConvArgs args;
+
+  Conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_, const std::string& finish)
+      : weights(weight.to(at::kFloat).reshape({x.size(1), 9}).t().contiguous()), bias(floats(bias_)) {
+    args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), weights.const_data_ptr<float>(),
+            bias.const_data_ptr<float>(), finish_of(finish)};
+  }
+};
+
+at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                          const std::string& finish) {
+  const Conv conv(x, weight, bias, finish);
+  const ConvArgs& args = conv.args;
+  at::Tensor y = at::empty_like(x);
+  if (y.numel() == 0) return y;
+  const Map out = map_of(Conv::kOp, "y", y);
+  constexpr int64_t kRows = 32;
+  const int64_t pieces = (args.height + kRows - 1) / kRows;
+  parallel(args.batch * pieces, args.dim, scratch::depthwise_conv(args.width),
+           [&](int64_t piece, int64_t block, float* memory) {
+             const int64_t first = piece % pieces * kRows;
+             kernels().depthwise_conv(args, out, piece / pieces, block, first, std::min(first + kRows, args.height),
+                                      memory);
+           });
+  return y;
+}
+
+Tensors3 depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                                 const at::Tensor& bias, const std::string& finish) {
+  const Conv conv(x, weight, bias, finish);
+  const ConvArgs& args = conv.args;
+  at::Tensor grad_x = at::empty_like(x);
+  at::Tensor sums = at::zeros({10, args.batch, args.dim}, x.options().dtype(at::kFloat));
+  const Map in = map_of(Conv::kOp, "the gradient", grad), out = map_of(Conv::kOp, "x", grad_x);
+  if (x.numel() > 0) {
+    parallel(args.batch, args.dim, scratch::depthwise_conv_backward(args.width),
+             [&](int64_t batch, int64_t block, float* memory) {
+               kernels().depthwise_conv_backward(args, in, out, sums.mutable_data_ptr<float>(), batch, block, memory);
+             });
+  }
+  sums = sums.sum(1);
+  return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
+}
+
+Matrix matrix_of(const char* name, const at::Tensor& t) {
+  const Map map = map_of("gated_layer_norm", name, t.dim() == 3 ? t : t.unsqueeze(0));
+  return {map.data, map.type, t.stride(-2)};
+}
+
+// A (rows, dim) view, or copy where there is none with its channels side by side.
+at::Tensor as_matrix(const at::Tensor& t) {
+  const at::Tensor flat = t.reshape({-1, t.size(-1)});
+  return flat.stride(1) == 1 ? flat : flat.contiguous();
+}
+
+struct Norm {
+  at::Tensor x, gate, weight, bias;
+  NormArgs args;
+
+  Norm(const at::Tensor& x_, const at::Tensor& gate_, const at::Tensor& weight_, const at::Tensor& bias_, double eps)
+      : x(as_matrix(x_)), gate(as_matrix(gate_)), weight(padded(weight_)), bias(padded(bias_)) {
+    args = {x.size(0), x.size(1), matrix_of("x", x), matrix_of("gate", gate), weight.const_data_ptr<float>(),
+            bias.const_data_ptr<float>(), static_cast<float>(eps)};
+  }
+
+  static at::Tensor padded(const at::Tensor& t) {
+    return at::constant_pad_nd(t.to(at::kFloat), {0, vectors(t.size(0)) - t.size(0)}).contiguous();
+  }
+};
+
+constexpr int64_t kNormRows = 64;  // of a task
+
+// Runs task(number, first row, behind the last row, scratch).
+template <class Task>
+void parallel_rows(int64_t rows, int64_t scratch, const Task& task) {
+  parallel((rows + kNormRows - 1) / kNormRows, 1, scratch, [&](int64_t number, int64_t, float* memory) {
+    task(number, number * kNormRows, std::min((number + 1) * kNormRows, rows), memory);
+  });
+}
+
+at::Tensor gated_layer_norm(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& weight,
+                            const at::Tensor& bias, double eps) {
+  const Norm norm(x, gate, weight, bias, eps);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const Matrix out = matrix_of("y", y.view({norm.args.rows, norm.args.dim}));
+  parallel_rows(norm.args.rows, scratch::gated_layer_norm(norm.args.dim),
+                [&](int64_t, int64_t first, int64_t last, float* memory) {
+                  kernels().gated_layer_norm(norm.args, out, first, last, memory);
+                });
+  return y;
+}
+
+Tensors4 gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gate,
+                                   const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const Norm norm(x, gate, weight, bias, eps);
+  const int64_t rows = norm.args.rows, dim = norm.args.dim;
+  const at::Tensor grads = as_matrix(grad);
+  at::Tensor grad_x = at::empty(x.sizes(), x.options()), grad_gate = at::empty(gate.sizes(), gate.options());
+  at::Tensor sums = at::zeros({(rows + kNormRows - 1) / kNormRows, 2, dim}, x.options().dtype(at::kFloat));
+  if (x.numel() > 0) {
+    const Matrix in = matrix_of("the gradient", grads), to_x = matrix_of("x", grad_x.view({rows, dim})),
+                 to_gate = matrix_of("gate", grad_gate.view({rows, dim}));
+    float* partial = sums.mutable_data_ptr<float>();
+    parallel_rows(rows, scratch::gated_layer_norm_backward(dim),
+                  [&](int64_t number, int64_t first, int64_t last, float* memory) {
+                    kernels().gated_layer_norm_backward(norm.args, in, to_x, to_gate, partial + number * 2 * dim, first,
+                                                        last, memory);
+                  });
+  }
+  sums = sums.sum(0);
+  return {grad_x, grad_gate, as(sums.select(0, 0), weight), as(sums.select(0, 1), bias)};
+}
+
 }  // namespace
 }  // namespace mmspatialmamba
 
@@ -242,4 +368,8 @@ TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("state_fusion_backward", mmspatialmamba::state_fusion_backward);
   m.impl("structure_aware_scan", mmspatialmamba::structure_aware_scan);
   m.impl("structure_aware_scan_backward", mmspatialmamba::structure_aware_scan_backward);
+  m.impl("depthwise_conv", mmspatialmamba::depthwise_conv);
+  m.impl("depthwise_conv_backward", mmspatialmamba::depthwise_conv_backward);
+  m.impl("gated_layer_norm", mmspatialmamba::gated_layer_norm);
+  m.impl("gated_layer_norm_backward", mmspatialmamba::gated_layer_norm_backward);
 }

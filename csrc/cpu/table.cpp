@@ -11,9 +11,17 @@ void fusion_backward(const FusionArgs&, const Map&, const Map&, float*, int64_t,
 void selective_scan(const SelectiveScanArgs&, float*, int64_t, int64_t, float*);
 void selective_scan_backward(const SelectiveScanArgs&, const float*, const float*, const Map&, const Map&, float*,
                              float*, float*, int64_t, int64_t, float*);
+void depthwise_conv(const ConvArgs&, const Map&, int64_t, int64_t, int64_t, int64_t, float*);
+void depthwise_conv_backward(const ConvArgs&, const Map&, const Map&, float*, int64_t, int64_t, float*);
+void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
+void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
+                               float*);
 
 extern const Kernels table;
-const Kernels table{scan, scan_backward, fusion, fusion_backward, selective_scan, selective_scan_backward};
+const Kernels table{scan,           scan_backward,           fusion,
+                    fusion_backward, selective_scan,          selective_scan_backward,
+                    depthwise_conv, depthwise_conv_backward, gated_layer_norm,
+                    gated_layer_norm_backward};
 
 }  // namespace ISA
 }  // namespace mmspatialmamba

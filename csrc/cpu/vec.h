@@ -84,5 +84,10 @@ static ALWAYS_INLINE Vec log1p_from(Vec s) {
   return ((2.81783349e-1f * t2 + high) * t2 + low) * s;
 }
 
+// 1 / (1 + exp(-x)).
+static ALWAYS_INLINE Vec logistic(Vec x) {
+  return 1.f / (exp2(x * -kLog2E) + 1.f);
+}
+
 }  // namespace ISA
 }  // namespace mmspatialmamba

@@ -24,7 +24,7 @@ struct Size {
   int32_t batch, dim, height, width;
 };
 
-// `max_tile` is at most kMaxTile, and a multiple of 8. 1 chunk where that fills the multiprocessors.
+// `max_tile` is a multiple of 8 and at most kMaxTile.
 constexpr int kMaxTile = 128;
 Plan make_plan(const Size& size, int multiprocessors, int max_tile = kMaxTile);
 

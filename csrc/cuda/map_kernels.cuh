@@ -54,21 +54,33 @@ __device__ __forceinline__ void visit_row(const float* row, Visit visit) {
 
 // ---- maps in memory and rows of them in shared memory
 
+// Columns of a row in shared memory.
+__host__ __device__ __forceinline__ int stage_columns(const Plan& plan) {
+  return plan.tiles == 1 ? plan.tile : plan.tile + 2 * kHalo;
+}
+
+// Elements of a row that lie together are its line: all columns of a channel, or 8 channels of a column.
 template <class T>
 struct Rows {
   T* data;
-  int64_t batch, channel, row, column;
-  bool channels_last;  // else columns lie together
-  bool vector;         // 16-byte accesses
+  int64_t batch, channel, row, line;  // strides
+  int32_t shift;                      // of the pieces of a line, rounded up to a power of two
+  bool channels_last;
+  bool vector;  // pieces of 16 bytes, else of one element
 };
 
 template <class T>
-Rows<T> make_rows(const Map& map, const Size& size) {
+Rows<T> make_rows(const Map& map, const Size& size, const Plan& plan) {
   constexpr int n = 16 / sizeof(T);
   const bool last = map.channel == 1 && size.dim > 1;
-  const bool vector = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.batch % n == 0 && map.row % n == 0 &&
-                      (last ? map.column : map.channel) % n == 0 && (last ? size.dim % kChannels : size.width % n) == 0;
-  return {static_cast<T*>(map.data), map.batch, map.channel, map.row, map.column, last, vector};
+  const int64_t line = last ? map.column : map.channel;
+  const bool aligned = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.batch % n == 0 && map.row % n == 0 &&
+                       line % n == 0 && (last ? size.dim % kChannels : size.width % n) == 0;
+  const bool vector = aligned && (last || sizeof(T) == 2);
+  const int length = last ? kChannels : stage_columns(plan);
+  int shift = 0;
+  while ((vector ? n : 1) << shift < length) ++shift;
+  return {static_cast<T*>(map.data), map.batch, map.channel, map.row, line, shift, last, vector};
 }
 
 template <class T>
@@ -120,114 +132,104 @@ __device__ __forceinline__ Block this_block(const Size& size, const Plan& plan) 
   return b;
 }
 
-// Columns of a row in shared memory.
-__host__ __device__ __forceinline__ int stage_columns(const Plan& plan) {
-  return plan.tiles == 1 ? plan.tile : plan.tile + 2 * kHalo;
-}
-
-// Elements from a channel's row to the next where columns lie together: an odd number of 16 bytes, which spreads the
-// channels over the banks.
-template <class T>
-__host__ __device__ __forceinline__ int stage_pitch(const Plan& plan) {
-  return ((stage_columns(plan) * static_cast<int>(sizeof(T)) + 15) / 16 | 1) * (16 / static_cast<int>(sizeof(T)));
-}
-
 template <class T>
 __host__ __device__ __forceinline__ int stage_bytes(const Plan& plan) {
-  return kChannels * stage_pitch<T>(plan) * static_cast<int>(sizeof(T));
+  return kChannels * stage_columns(plan) * static_cast<int>(sizeof(T));
 }
 
-__host__ __device__ __forceinline__ int line_bytes(const Plan& plan) { return (stage_columns(plan) * 4 + 15) / 16 * 16; }
+__host__ __device__ __forceinline__ int line_bytes(const Plan& plan) {
+  return (stage_columns(plan) * 4 + 15) / 16 * 16;
+}
 
 inline int block_threads(const Plan& plan) {
   const int widest = plan.tiles == 1 ? plan.tile + 2 * kReach : plan.tile + 2 * kHalo;
   return ((widest + kColumns - 1) / kColumns * kChannels + 31) / 32 * 32;
 }
 
-// Place in a staged row: the row keeps the order of its map's memory.
-template <class T>
-__device__ __forceinline__ int stage_index(const Rows<T>& map, int pitch, int channel, int column) {
-  return map.channels_last ? column * kChannels + channel : channel * pitch + column;
-}
+// The hardware copies 4, 8 or 16 bytes without the thread's waiting for them.
+__device__ __forceinline__ void copy_async(float* to, const float* from) { __pipeline_memcpy_async(to, from, 4); }
+__device__ __forceinline__ void copy_async(__half* to, const __half* from) { *to = *from; }
+__device__ __forceinline__ void copy_async(__nv_bfloat16* to, const __nv_bfloat16* from) { *to = *from; }
 
-// Starts copying columns [first, last) of a row of the map; absent channels become 0.
 template <class T>
-__device__ __forceinline__ void stage_row(T* stage, const Rows<T>& map, const Block& b, int pitch, int row) {
+struct alignas(16) Piece {
+  T values[16 / sizeof(T)];
+};
+
+// Starts copying a row of the map, halo included, to (column, channel); absent channels become 0.
+template <class T>
+__device__ __forceinline__ void stage_row(T* stage, const Rows<T>& map, const Block& b, int row) {
   constexpr int n = 16 / sizeof(T);
-  const int columns = b.last - b.first;
-  const T* source = map.data + b.batch * map.batch + b.channel0 * map.channel + row * map.row + b.first * map.column;
-  if (map.channels_last) {
-    if (map.vector) {
-      constexpr int pieces = kChannels / n;
-      for (int i = threadIdx.x; i < columns * pieces; i += blockDim.x)
-        __pipeline_memcpy_async(stage + i * n, source + i / pieces * map.column + i % pieces * n, 16);
-    } else {
-      for (int i = threadIdx.x; i < columns * kChannels; i += blockDim.x) {
-        const int channel = i % kChannels;
-        stage[i] = channel < b.channels ? source[i / kChannels * map.column + channel] : from_float<T>(0.f);
-      }
-    }
-    return;
-  }
-  const int lane = threadIdx.x % 32;
-  for (int channel = threadIdx.x / 32; channel < kChannels; channel += blockDim.x / 32) {
-    T* to = stage + channel * pitch;
-    const T* from = source + channel * map.channel;
+  const int columns = b.last - b.first, piece = map.vector ? n : 1;
+  const int lines = map.channels_last ? columns : kChannels, length = map.channels_last ? kChannels : columns;
+  const T* source = map.data + b.batch * map.batch + b.channel0 * map.channel + row * map.row +
+                    (map.channels_last ? b.first * map.line : b.first);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < lines << map.shift; i += blockDim.x) {
+    const int line = i >> map.shift, place = (i & ((1 << map.shift) - 1)) * piece;
+    if (place >= length) continue;
+    const int column = map.channels_last ? line : place, channel = map.channels_last ? place : line;
+    T* to = stage + column * kChannels + channel;
+    const T* from = source + line * map.line + place;
     if (channel >= b.channels) {
-      for (int i = lane; i < columns; i += 32) to[i] = from_float<T>(0.f);
-    } else if (map.vector) {
-      for (int i = lane * n; i < columns; i += 32 * n) __pipeline_memcpy_async(to + i, from + i, 16);
+      for (int j = 0; j < piece; ++j) to[j * kChannels] = from_float<T>(0.f);
+    } else if (!map.vector) {
+      copy_async(to, from);
+    } else if (map.channels_last) {
+      __pipeline_memcpy_async(to, from, 16);
     } else {
-      for (int i = lane; i < columns; i += 32) to[i] = from[i];
+      const Piece<T> values = *reinterpret_cast<const Piece<T>*>(from);
+#pragma unroll
+      for (int j = 0; j < n; ++j) to[j * kChannels] = values.values[j];
     }
   }
 }
 
 // Writes the block's own columns of a staged row to the map.
 template <class T>
-__device__ __forceinline__ void unstage_row(const T* stage, const Rows<T>& map, const Block& b, int pitch, int row) {
+__device__ __forceinline__ void unstage_row(const T* stage, const Rows<T>& map, const Block& b, int row) {
   constexpr int n = 16 / sizeof(T);
-  const int columns = b.column1 - b.column0, skip = b.column0 - b.first;
-  T* target = map.data + b.batch * map.batch + b.channel0 * map.channel + row * map.row + b.column0 * map.column;
-  if (map.channels_last) {
-    stage += skip * kChannels;
-    if (map.vector) {
-      constexpr int pieces = kChannels / n;
-      for (int i = threadIdx.x; i < columns * pieces; i += blockDim.x)
-        *reinterpret_cast<uint4*>(target + i / pieces * map.column + i % pieces * n) =
-            *reinterpret_cast<const uint4*>(stage + i * n);
+  const int columns = b.column1 - b.column0, piece = map.vector ? n : 1;
+  const int lines = map.channels_last ? columns : b.channels, length = map.channels_last ? b.channels : columns;
+  stage += (b.column0 - b.first) * kChannels;
+  T* target = map.data + b.batch * map.batch + b.channel0 * map.channel + row * map.row +
+              (map.channels_last ? b.column0 * map.line : b.column0);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < lines << map.shift; i += blockDim.x) {
+    const int line = i >> map.shift, place = (i & ((1 << map.shift) - 1)) * piece;
+    if (place >= length) continue;
+    T* to = target + line * map.line + place;
+    const T* from = stage + (map.channels_last ? line * kChannels + place : place * kChannels + line);
+    if (!map.vector) {
+      *to = *from;
+    } else if (map.channels_last) {
+      *reinterpret_cast<Piece<T>*>(to) = *reinterpret_cast<const Piece<T>*>(from);
     } else {
-      for (int i = threadIdx.x; i < columns * kChannels; i += blockDim.x) {
-        const int channel = i % kChannels;
-        if (channel < b.channels) target[i / kChannels * map.column + channel] = stage[i];
-      }
-    }
-    return;
-  }
-  const int lane = threadIdx.x % 32;
-  for (int channel = threadIdx.x / 32; channel < b.channels; channel += blockDim.x / 32) {
-    const T* from = stage + channel * pitch + skip;
-    T* to = target + channel * map.channel;
-    if (map.vector) {
-      for (int i = lane * n; i < columns; i += 32 * n)
-        *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
-    } else {
-      for (int i = lane; i < columns; i += 32) to[i] = from[i];
+      Piece<T> values;
+#pragma unroll
+      for (int j = 0; j < n; ++j) values.values[j] = from[j * kChannels];
+      *reinterpret_cast<Piece<T>*>(to) = values;
     }
   }
 }
 
 // Starts copying the halo's columns of B or C.
-__device__ __forceinline__ void stage_line(float* line, const float* source, const Size& size, const Block& b, int row) {
+__device__ __forceinline__ void stage_floats(float* line, const float* source, const Size& size, const Block& b,
+                                             int row) {
   source += (static_cast<int64_t>(b.batch) * size.height + row) * size.width + b.first;
-  for (int i = threadIdx.x; i < b.last - b.first; i += blockDim.x) __pipeline_memcpy_async(line + i, source + i, 4);
+  for (int i = threadIdx.x; i < b.last - b.first; i += blockDim.x) copy_async(line + i, source + i);
 }
 
 // ---- the window of 11 rows, (row % 11, column, channel)
 
-// `margin` columns on either side of the tile's own, which are rounded up so that a thread's reads stay inside.
+// A row has `margin` columns on either side of the tile's own.
 __host__ __device__ __forceinline__ int ring_row(const Plan& plan, int margin) {
-  return ((plan.tile + kColumns - 1) / kColumns * kColumns + 2 * margin) * kChannels;
+  return (plan.tile + 2 * margin) * kChannels;
+}
+
+// A thread whose columns go beyond the tile's reads a little too far, for sums that nobody uses.
+__host__ __device__ __forceinline__ int ring_floats(const Plan& plan, int margin) {
+  return kRing * ring_row(plan, margin) + kColumns * kChannels;
 }
 
 __device__ __forceinline__ void clear(float* ring, int count) {
@@ -237,27 +239,43 @@ __device__ __forceinline__ void clear(float* ring, int count) {
 // A thread's columns of a row of states, with the replicated ones beyond the map's borders.
 __device__ __forceinline__ void put_states(float* row, const float (&h)[kColumns], const Block& b, int width) {
   const int begin = b.column0 - kReach, end = b.column1 + kReach;
+  row += b.channel;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
     const int column = b.first + b.segment * kColumns + j;
-    if (column >= b.last) break;
-    const int from = column == 0 ? begin : max(column, begin);
-    const int to = column == width - 1 ? end : min(column + 1, end);
-    for (int i = from; i < to; ++i) row[(i - begin) * kChannels + b.channel] = h[j];
+    if (column < b.last && begin <= column && column < end) row[(column - begin) * kChannels] = h[j];
+  }
+  if (b.segment == 0 && b.column0 == 0) {
+#pragma unroll
+    for (int i = 0; i < kReach; ++i) row[i * kChannels] = h[0];
+  }
+  const int border = width - 1 - b.first - b.segment * kColumns;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    if (j == border) {
+#pragma unroll 1
+      for (int i = width; i < end; ++i) row[(i - begin) * kChannels] = h[j];
+    }
   }
 }
 
-// The seven rows that row `q` of the fusion reads, replicated beyond the borders.
+// The row of kind K that row `q` of the fusion reads, replicated beyond the borders. The loop, of one turn, keeps the
+// compiler from loading the values of all seven rows ahead, for which there are not enough registers.
+template <int K, class Visit>
+__device__ __forceinline__ void visit_clamped_row(const float* ring, int row_size, int q, int height, Visit visit) {
+  const int row = min(max(q + TapRow<K>::kOffset, 0), height - 1);
+  for (int turn = 0; turn < min(height, 1); ++turn) visit_row<K>(ring + row % kRing * row_size, visit);
+}
+
 template <class Visit>
 __device__ __forceinline__ void visit_clamped(const float* ring, int row_size, int q, int height, Visit visit) {
-  auto at = [&](int offset) { return ring + min(max(q + offset, 0), height - 1) % kRing * row_size; };
-  visit_row<0>(at(-5), visit);
-  visit_row<1>(at(-3), visit);
-  visit_row<2>(at(-1), visit);
-  visit_row<3>(at(0), visit);
-  visit_row<4>(at(1), visit);
-  visit_row<5>(at(3), visit);
-  visit_row<6>(at(5), visit);
+  visit_clamped_row<0>(ring, row_size, q, height, visit);
+  visit_clamped_row<1>(ring, row_size, q, height, visit);
+  visit_clamped_row<2>(ring, row_size, q, height, visit);
+  visit_clamped_row<3>(ring, row_size, q, height, visit);
+  visit_clamped_row<4>(ring, row_size, q, height, visit);
+  visit_clamped_row<5>(ring, row_size, q, height, visit);
+  visit_clamped_row<6>(ring, row_size, q, height, visit);
 }
 
 // The rows that reach row `q` when the fusion is transposed; what would land beyond a border lands on it.
@@ -293,11 +311,15 @@ __device__ __forceinline__ Channel load_channel(const Problem<T>& p, const Block
   return {p.A[c], p.D[c], p.bias ? p.bias[c] : 0.f};
 }
 
+// (25, channel), in shared memory: registers are scarce.
 template <class T>
-__device__ __forceinline__ void load_taps(const Problem<T>& p, const Block& b, bool mirror, float (&taps)[kTaps]) {
-#pragma unroll
-  for (int i = 0; i < kTaps; ++i)
-    taps[i] = b.valid() ? p.taps[(mirror ? mirrored(i) : i) * p.size.dim + b.channel0 + b.channel] : 0.f;
+__device__ __forceinline__ void load_taps(const Problem<T>& p, const Block& b, bool mirror, float* taps) {
+  for (int i = threadIdx.x; i < kTaps * kChannels; i += blockDim.x) {
+    const int channel = i % kChannels, tap = i / kChannels;
+    taps[i] = channel < b.channels
+                  ? p.taps[static_cast<int64_t>(mirror ? mirrored(tap) : tap) * p.size.dim + b.channel0 + channel]
+                  : 0.f;
+  }
 }
 
 template <class T>
@@ -314,39 +336,41 @@ __device__ __forceinline__ float sum_channels(float x) {
 
 // ---- kernels
 
+// Shared memory begins with what scan_block needs, and the taps.
+constexpr int kFixedBytes = kChannels * static_cast<int>(kWarps * sizeof(Affine) + kTaps * sizeof(float));
+
 // The step that each row of a tile makes, from the column where the tile's halo begins to where the next tile's does.
 template <class T>
 struct StepsShared {
   static int bytes(const Plan& plan) {
-    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * (2 * stage_bytes<T>(plan) + line_bytes(plan));
+    return kFixedBytes + 2 * (2 * stage_bytes<T>(plan) + line_bytes(plan));
   }
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) steps_kernel(const Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 3) steps_kernel(const Problem<T> p) {
   MMSPATIALMAMBA_SHARED(shared);
   const Block b = this_block(p.size, p.plan);
-  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan);
+  const int map_bytes = stage_bytes<T>(p.plan);
   Affine* warps = reinterpret_cast<Affine*>(shared);
-  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  unsigned char* stages = shared + kFixedBytes;
   const int size = 2 * map_bytes + line_bytes(p.plan);
   const Channel c = load_channel(p, b);
   const int end = b.tile + 1 < p.plan.tiles ? b.column1 - kHalo : p.size.width;
 
   auto prefetch = [&](int row) {
     unsigned char* stage = stages + (row & 1) * size;
-    stage_row(reinterpret_cast<T*>(stage), p.u, b, pitch, row);
-    stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row);
-    stage_line(reinterpret_cast<float*>(stage + 2 * map_bytes), p.B, p.size, b, row);
+    stage_row(reinterpret_cast<T*>(stage), p.u, b, row);
+    stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, row);
+    stage_floats(reinterpret_cast<float*>(stage + 2 * map_bytes), p.B, p.size, b, row);
   };
 
-  prefetch(b.row0);
-  __pipeline_commit();
-  for (int row = b.row0; row < b.row1; ++row) {
+  for (int row = b.row0 - 1; row < b.row1; ++row) {
     __pipeline_wait_prior(0);
     __syncthreads();
     if (row + 1 < b.row1) prefetch(row + 1);
     __pipeline_commit();
+    if (row < b.row0) continue;
     unsigned char* stage = stages + (row & 1) * size;
     const T* u = reinterpret_cast<const T*>(stage);
     const T* delta = reinterpret_cast<const T*>(stage + map_bytes);
@@ -356,9 +380,9 @@ __global__ void __launch_bounds__(kThreads, 2) steps_kernel(const Problem<T> p) 
     for (int j = 0; j < kColumns; ++j) {
       const int i = b.segment * kColumns + j;
       if (b.first + i < end) {
-        const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+        const float x = to_float(delta[i * kChannels + b.channel]) + c.bias;
         const float dt = time_step(x, p.softplus);
-        own = own.then({accurate_exp(dt * c.A), dt * B[i] * to_float(u[stage_index(p.u, pitch, b.channel, i)])});
+        own = own.then({accurate_exp(dt * c.A), dt * B[i] * to_float(u[i * kChannels + b.channel])});
       }
     }
     const Affine total = scan_block<kChannels>(own, warps).total;
@@ -370,53 +394,52 @@ template <class T>
 struct ForwardShared {
   static __host__ __device__ int stage(const Plan& plan) { return 3 * stage_bytes<T>(plan) + 2 * line_bytes(plan); }
   static int bytes(const Plan& plan) {
-    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * stage(plan) +
-           kRing * ring_row(plan, kReach) * static_cast<int>(sizeof(float));
+    return kFixedBytes + 2 * stage(plan) +
+           ring_floats(plan, kReach) * static_cast<int>(sizeof(float));
   }
 };
 
 // y, or without kScan the fusion of u.
 template <class T, bool kScan>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Problem<T> p) {
   MMSPATIALMAMBA_SHARED(shared);
   const Block b = this_block(p.size, p.plan);
   const int height = p.size.height;
-  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
+  const int map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
   const int size = ForwardShared<T>::stage(p.plan), row_size = ring_row(p.plan, kReach);
   Affine* warps = reinterpret_cast<Affine*>(shared);
-  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  float* taps = reinterpret_cast<float*>(warps + kChannels * kWarps);
+  unsigned char* stages = shared + kFixedBytes;
   float* ring = reinterpret_cast<float*>(stages + 2 * size);
   Channel c{};
   if (kScan) c = load_channel(p, b);
-  float taps[kTaps];
   load_taps(p, b, false, taps);
+  taps += b.channel;
 
   // What step `row` needs: row `row` of the inputs of the scan, row `row - 5` of those of the output.
   auto prefetch = [&](int row) {
     unsigned char* stage = stages + (row & 1) * size;
     if (row < height) {
-      stage_row(reinterpret_cast<T*>(stage), p.u, b, pitch, row);
+      stage_row(reinterpret_cast<T*>(stage), p.u, b, row);
       if (kScan) {
-        stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row);
-        stage_line(reinterpret_cast<float*>(stage + 3 * map_bytes), p.B, p.size, b, row);
+        stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, row);
+        stage_floats(reinterpret_cast<float*>(stage + 3 * map_bytes), p.B, p.size, b, row);
       }
     }
     if (kScan && row - kReach >= b.row0) {
-      stage_row(reinterpret_cast<T*>(stage + 2 * map_bytes), p.u, b, pitch, row - kReach);
-      stage_line(reinterpret_cast<float*>(stage + 3 * map_bytes + line), p.C, p.size, b, row - kReach);
+      stage_row(reinterpret_cast<T*>(stage + 2 * map_bytes), p.u, b, row - kReach);
+      stage_floats(reinterpret_cast<float*>(stage + 3 * map_bytes + line), p.C, p.size, b, row - kReach);
     }
   };
 
   const int begin = max(0, b.row0 - kReach), end = b.row1 + kReach;
-  prefetch(begin);
-  __pipeline_commit();
-  clear(ring, kRing * row_size);
   float state = 0.f;
-  for (int row = begin; row < end; ++row) {
+  for (int row = begin - 1; row < end; ++row) {
     __pipeline_wait_prior(0);
     __syncthreads();
     if (row + 1 < end) prefetch(row + 1);
     __pipeline_commit();
+    if (row < begin) continue;
     unsigned char* stage = stages + (row & 1) * size;
     const T* u = reinterpret_cast<const T*>(stage);
     if (row < height) {
@@ -431,9 +454,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Problem<T> p
           const int i = b.segment * kColumns + j;
           steps[j] = {1.f, 0.f};
           if (b.first + i < b.last) {
-            const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+            const float x = to_float(delta[i * kChannels + b.channel]) + c.bias;
             const float dt = time_step(x, p.softplus);
-            steps[j] = {accurate_exp(dt * c.A), dt * B[i] * to_float(u[stage_index(p.u, pitch, b.channel, i)])};
+            steps[j] = {accurate_exp(dt * c.A), dt * B[i] * to_float(u[i * kChannels + b.channel])};
           }
           own = own.then(steps[j]);
         }
@@ -446,7 +469,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Problem<T> p
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const int i = b.segment * kColumns + j;
-          h[j] = b.first + i < b.last ? to_float(u[stage_index(p.u, pitch, b.channel, i)]) : 0.f;
+          h[j] = b.first + i < b.last ? to_float(u[i * kChannels + b.channel]) : 0.f;
         }
       }
       put_states(ring + row % kRing * row_size, h, b, p.size.width);
@@ -459,20 +482,19 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Problem<T> p
     if (column < b.column1) {
       float fused[kColumns] = {};
       visit_clamped(ring + (b.segment * kColumns + kReach) * kChannels + b.channel, row_size, q, height,
-                    [&](int tap, int j, float value) { fused[j] = fmaf(taps[tap], value, fused[j]); });
+                    [&](int tap, int j, float value) { fused[j] = fmaf(taps[tap * kChannels], value, fused[j]); });
       const float* C = reinterpret_cast<const float*>(stage + 3 * map_bytes + line);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         if (column + j < b.column1) {
           const int i = column - b.first + j;
-          // u and y have the same memory format, so y may take u's place.
-          T& place = out[stage_index(p.out, pitch, b.channel, i)];
+          T& place = out[i * kChannels + b.channel];
           place = from_float<T>(kScan ? fmaf(C[i], fused[j], c.D * to_float(place)) : fused[j]);
         }
       }
     }
     __syncthreads();
-    unstage_row(out, p.out, b, pitch, q);
+    unstage_row(out, p.out, b, q);
   }
 }
 
@@ -483,52 +505,51 @@ struct TransposedShared {
     return ((plan.tile + 2 * kReach + kColumns - 1) / kColumns + 1) * kColumns * kChannels;
   }
   static int bytes(const Plan& plan) {
-    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * stage(plan) + stage_bytes<float>(plan) +
-           (line_floats(plan) + kRing * ring_row(plan, 2 * kReach)) * static_cast<int>(sizeof(float));
+    return kFixedBytes + 2 * stage(plan) + stage_bytes<float>(plan) +
+           (line_floats(plan) + ring_floats(plan, 2 * kReach)) * static_cast<int>(sizeof(float));
   }
 };
 
 // The fusion transposed: from C * grad (without kScan: grad) to the gradient of h before the recurrence, and, with kScan,
 // the step that each row of a tile makes backward.
 template <class T, bool kScan>
-__global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 3) transposed_kernel(const Problem<T> p) {
   MMSPATIALMAMBA_SHARED(shared);
   const Block b = this_block(p.size, p.plan);
   const int height = p.size.height, width = p.size.width;
-  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan);
+  const int map_bytes = stage_bytes<T>(p.plan);
   const int size = TransposedShared<T>::stage(p.plan), row_size = ring_row(p.plan, 2 * kReach);
   Affine* warps = reinterpret_cast<Affine*>(shared);
-  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  float* taps = reinterpret_cast<float*>(warps + kChannels * kWarps);
+  unsigned char* stages = shared + kFixedBytes;
   float* out = reinterpret_cast<float*>(stages + 2 * size);
-  const int out_pitch = stage_pitch<float>(p.plan);
-  float* extended = out + kChannels * out_pitch;  // a row with kReach columns on either side
+  float* extended = out + kChannels * stage_columns(p.plan);  // a row with kReach columns on either side
   float* ring = extended + TransposedShared<T>::line_floats(p.plan);
   Channel c{};
   if (kScan) c = load_channel(p, b);
-  float taps[kTaps];
   load_taps(p, b, true, taps);
+  taps += b.channel;
 
   auto prefetch = [&](int row) {
     unsigned char* stage = stages + (row & 1) * size;
     if (row < height) {
-      stage_row(reinterpret_cast<T*>(stage), p.grad, b, pitch, row);
-      if (kScan) stage_line(reinterpret_cast<float*>(stage + 2 * map_bytes), p.C, p.size, b, row);
+      stage_row(reinterpret_cast<T*>(stage), p.grad, b, row);
+      if (kScan) stage_floats(reinterpret_cast<float*>(stage + 2 * map_bytes), p.C, p.size, b, row);
     }
     if (kScan && row - kReach >= b.row0)
-      stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row - kReach);
+      stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, row - kReach);
   };
 
   const int begin = max(0, b.row0 - kReach), end = b.row1 + kReach;
   const int ring_begin = b.column0 - 2 * kReach, ring_end = b.column1 + 2 * kReach;
   const int segments = (b.column1 - b.column0 + 2 * kReach + kColumns - 1) / kColumns;
-  prefetch(begin);
-  __pipeline_commit();
-  clear(ring, kRing * row_size);
-  for (int row = begin; row < end; ++row) {
+  clear(ring, ring_floats(p.plan, 2 * kReach));
+  for (int row = begin - 1; row < end; ++row) {
     __pipeline_wait_prior(0);
     __syncthreads();
     if (row + 1 < end) prefetch(row + 1);
     __pipeline_commit();
+    if (row < begin) continue;
     unsigned char* stage = stages + (row & 1) * size;
     if (row < height) {
       const T* grad = reinterpret_cast<const T*>(stage);
@@ -538,7 +559,7 @@ __global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Problem<T
       for (int j = 0; j < kColumns; ++j) {
         const int i = b.segment * kColumns + j, column = b.first + i;
         if (column < b.last && ring_begin <= column && column < ring_end) {
-          const float value = to_float(grad[stage_index(p.grad, pitch, b.channel, i)]);
+          const float value = to_float(grad[i * kChannels + b.channel]);
           target[(column - ring_begin) * kChannels] = kScan ? C[i] * value : value;
         }
       }
@@ -549,7 +570,7 @@ __global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Problem<T
     if (b.segment < segments) {
       float sums[kColumns] = {};
       visit_folded(ring + (b.segment * kColumns + kReach) * kChannels + b.channel, row_size, q, height,
-                   [&](int tap, int j, float value) { sums[j] = fmaf(taps[tap], value, sums[j]); });
+                   [&](int tap, int j, float value) { sums[j] = fmaf(taps[tap * kChannels], value, sums[j]); });
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) extended[(b.segment * kColumns + j) * kChannels + b.channel] = sums[j];
     }
@@ -569,9 +590,9 @@ __global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Problem<T
           for (int i = 1; i <= kReach; ++i) value += at[i * kChannels];
         }
         const int i = column - b.first;
-        out[stage_index(p.grad_h, out_pitch, b.channel, i)] = value;
+        out[i * kChannels + b.channel] = value;
         if (kScan) {
-          const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+          const float x = to_float(delta[i * kChannels + b.channel]) + c.bias;
           const float decay = accurate_exp(time_step(x, p.softplus) * c.A);
           own = own.then({decay, decay * value});
         }
@@ -583,7 +604,7 @@ __global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Problem<T
     } else {
       __syncthreads();
     }
-    unstage_row(out, p.grad_h, b, out_pitch, q);
+    unstage_row(out, p.grad_h, b, q);
   }
 }
 
@@ -593,8 +614,8 @@ struct BackwardShared {
     return 4 * stage_bytes<T>(plan) + stage_bytes<float>(plan) + 2 * line_bytes(plan);
   }
   static int bytes(const Plan& plan) {
-    const int ring = kRing * ring_row(plan, kReach), sums = kWarps * kParameters * kChannels;
-    return kChannels * kWarps * static_cast<int>(sizeof(Affine)) + 2 * stage(plan) +
+    const int ring = ring_floats(plan, kReach), sums = kWarps * kParameters * kChannels;
+    return kFixedBytes + 2 * stage(plan) +
            (ring > sums ? ring : sums) * static_cast<int>(sizeof(float));
   }
 };
@@ -605,16 +626,16 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
   MMSPATIALMAMBA_SHARED(shared);
   const Block b = this_block(p.size, p.plan);
   const int height = p.size.height, width = p.size.width;
-  const int pitch = stage_pitch<T>(p.plan), map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
+  const int map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
   const int size = BackwardShared<T>::stage(p.plan), row_size = ring_row(p.plan, kReach);
-  const int float_pitch = stage_pitch<float>(p.plan);
   Affine* warps = reinterpret_cast<Affine*>(shared);
-  unsigned char* stages = shared + kChannels * kWarps * sizeof(Affine);
+  float* taps = reinterpret_cast<float*>(warps + kChannels * kWarps);
+  unsigned char* stages = shared + kFixedBytes;
   float* ring = reinterpret_cast<float*>(stages + 2 * size);
   Channel c{};
   if (kScan) c = load_channel(p, b);
-  float taps[kTaps] = {};
   if (kScan) load_taps(p, b, false, taps);
+  taps += b.channel;
 
   // A stage: rows of u, delta, grad and, five rows above, grad; grad_h; lines of B and, five rows above, C.
   const int above = 3 * map_bytes, returned = 4 * map_bytes;
@@ -622,19 +643,19 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
   auto prefetch = [&](int row) {
     unsigned char* stage = stages + (row & 1) * size;
     if (row < height) {
-      stage_row(reinterpret_cast<T*>(stage), p.u, b, pitch, row);
+      stage_row(reinterpret_cast<T*>(stage), p.u, b, row);
       if (kScan) {
-        stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, pitch, row);
-        stage_line(reinterpret_cast<float*>(stage + lines), p.B, p.size, b, row);
+        stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, row);
+        stage_floats(reinterpret_cast<float*>(stage + lines), p.B, p.size, b, row);
         if (b.row0 <= row && row < b.row1) {
-          stage_row(reinterpret_cast<T*>(stage + 2 * map_bytes), p.grad, b, pitch, row);
-          stage_row(reinterpret_cast<float*>(stage + returned), p.grad_h, b, float_pitch, row);
+          stage_row(reinterpret_cast<T*>(stage + 2 * map_bytes), p.grad, b, row);
+          stage_row(reinterpret_cast<float*>(stage + returned), p.grad_h, b, row);
         }
       }
     }
     if (row - kReach >= b.row0) {
-      stage_row(reinterpret_cast<T*>(stage + above), p.grad, b, pitch, row - kReach);
-      if (kScan) stage_line(reinterpret_cast<float*>(stage + lines + line), p.C, p.size, b, row - kReach);
+      stage_row(reinterpret_cast<T*>(stage + above), p.grad, b, row - kReach);
+      if (kScan) stage_floats(reinterpret_cast<float*>(stage + lines + line), p.C, p.size, b, row - kReach);
     }
   };
 
@@ -642,19 +663,19 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
   const int64_t pixels = static_cast<int64_t>(height) * width;
   const int64_t partial = (static_cast<int64_t>(b.group) * p.size.batch + b.batch) * pixels;
   float sums[kParameters] = {};
-  prefetch(begin);
-  __pipeline_commit();
-  clear(ring, kRing * row_size);
-  for (int row = begin; row < end; ++row) {
+  clear(ring, ring_floats(p.plan, kReach));
+  for (int row = begin - 1; row < end; ++row) {
     __pipeline_wait_prior(0);
     __syncthreads();
     if (row + 1 < end) prefetch(row + 1);
     __pipeline_commit();
+    if (row < begin) continue;
     unsigned char* stage = stages + (row & 1) * size;
     T* u = reinterpret_cast<T*>(stage);
     const bool own_row = b.row0 <= row && row < b.row1;
     if (row < height) {
       float h[kColumns];
+      float* target = ring + row % kRing * row_size;
       if (kScan) {
         T* delta = reinterpret_cast<T*>(stage + map_bytes);
         const float* B = reinterpret_cast<const float*>(stage + lines);
@@ -667,10 +688,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
           dt[j] = slope[j] = h[j] = 0.f;
           decay[j] = 1.f;
           if (b.first + i < b.last) {
-            const float x = to_float(delta[stage_index(p.delta, pitch, b.channel, i)]) + c.bias;
+            const float x = to_float(delta[i * kChannels + b.channel]) + c.bias;
             dt[j] = time_step(x, p.softplus, &slope[j]);
             decay[j] = accurate_exp(dt[j] * c.A);
-            h[j] = dt[j] * B[i] * to_float(u[stage_index(p.u, pitch, b.channel, i)]);
+            h[j] = dt[j] * B[i] * to_float(u[i * kChannels + b.channel]);
           }
           forward = forward.then({decay[j], h[j]});
         }
@@ -680,7 +701,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) h[j] = value = fmaf(decay[j], value, h[j]);
         }
+        put_states(target, h, b, width);
         if (own_row) {
+          const float* states = target + (b.first - b.column0 + kReach) * kChannels + b.channel;
           const float* grad_h = reinterpret_cast<const float*>(stage + returned);
           const T* grad = reinterpret_cast<const T*>(stage + 2 * map_bytes);
           const float returning = p.returns[segment_index(p, b, row)];
@@ -690,7 +713,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
             const int i = b.segment * kColumns + j;
             G[j] = 0.f;
             if (b.owns(b.first + i)) {
-              G[j] = grad_h[stage_index(p.grad_h, float_pitch, b.channel, i)];
+              G[j] = grad_h[i * kChannels + b.channel];
               back = back.then({decay[j], decay[j] * G[j]});
             }
           }
@@ -704,18 +727,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
             if (owned) {
               G[j] += value;
               value = decay[j] * G[j];
-              const int at_u = stage_index(p.u, pitch, b.channel, i);
-              const int at_delta = stage_index(p.delta, pitch, b.channel, i);
-              const float input = to_float(u[at_u]);
-              const float gy = to_float(grad[stage_index(p.grad, pitch, b.channel, i)]);
-              const float to_exponent = value * (j == 0 ? entering : h[j > 0 ? j - 1 : 0]);
+              const int at = i * kChannels + b.channel;
+              const float input = to_float(u[at]);
+              const float gy = to_float(grad[at]);
+              const float to_exponent = value * (j == 0 ? entering : states[(i - 1) * kChannels]);
               const float to_step = fmaf(to_exponent, c.A, G[j] * B[i] * input) * slope[j];
               to_B = G[j] * dt[j] * input;
               sums[25] = fmaf(to_exponent, dt[j], sums[25]);
               sums[26] = fmaf(gy, input, sums[26]);
               sums[27] += to_step;
-              u[at_u] = from_float<T>(fmaf(G[j] * dt[j], B[i], c.D * gy));
-              delta[at_delta] = from_float<T>(to_step);
+              u[at] = from_float<T>(fmaf(G[j] * dt[j], B[i], c.D * gy));
+              delta[at] = from_float<T>(to_step);
             }
             to_B = sum_channels(to_B);
             if (owned && b.channel == 0) p.grad_B[partial + static_cast<int64_t>(row) * width + b.first + i] = to_B;
@@ -725,15 +747,15 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const int i = b.segment * kColumns + j;
-          h[j] = b.first + i < b.last ? to_float(u[stage_index(p.u, pitch, b.channel, i)]) : 0.f;
+          h[j] = b.first + i < b.last ? to_float(u[i * kChannels + b.channel]) : 0.f;
         }
+        put_states(target, h, b, width);
       }
-      put_states(ring + row % kRing * row_size, h, b, width);
     }
     __syncthreads();
     if (kScan && own_row) {
-      unstage_row(u, p.grad_u, b, pitch, row);
-      unstage_row(reinterpret_cast<const T*>(stage + map_bytes), p.grad_delta, b, pitch, row);
+      unstage_row(u, p.grad_u, b, row);
+      unstage_row(reinterpret_cast<const T*>(stage + map_bytes), p.grad_delta, b, row);
     }
     const int q = row - kReach;
     if (q < b.row0) continue;
@@ -746,12 +768,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
     for (int j = 0; j < kColumns; ++j) {
       const int i = column - b.first + j;
       const bool inside = column + j < b.column1;
-      gy[j] = inside ? to_float(grad[stage_index(p.grad, pitch, b.channel, i)]) : 0.f;
+      gy[j] = inside ? to_float(grad[i * kChannels + b.channel]) : 0.f;
       weighted[j] = kScan && inside ? C[i] * gy[j] : gy[j];
     }
     visit_clamped(ring + (segment * kColumns + kReach) * kChannels + b.channel, row_size, q, height,
                   [&](int tap, int j, float value) {
-                    if (kScan) fused[j] = fmaf(taps[tap], value, fused[j]);
+                    if (kScan) fused[j] = fmaf(taps[tap * kChannels], value, fused[j]);
                     sums[tap] = fmaf(weighted[j], value, sums[tap]);
                   });
     if (kScan) {

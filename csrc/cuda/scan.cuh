@@ -10,7 +10,8 @@ namespace mmspatialmamba::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kColumns = 5;  // positions a thread takes at once; odd, so that a warp's accesses to shared memory spread over all banks
+// Positions a thread takes at once; odd, so that a warp's accesses to shared memory spread over all banks.
+constexpr int kColumns = 5;
 
 struct __align__(8) Affine {
   float a, b;

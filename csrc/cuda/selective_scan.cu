@@ -168,7 +168,8 @@ cudaError_t run_backward(const SelectiveInputs& in, const float* grad, const flo
   const cudaError_t error = scan<T>(in, grad, grad_h, workspace, stream);
   if (error != cudaSuccess) return error;
   const Gradients p{in, h, grad_h, out, (in.length + in.chunks - 1) / in.chunks};
-  MMSPATIALMAMBA_LAUNCH(gradients_kernel<T>, static_cast<int64_t>(in.batch) * in.dim * in.chunks, kThreads, 0, stream, p);
+  const int64_t blocks = static_cast<int64_t>(in.batch) * in.dim * in.chunks;
+  MMSPATIALMAMBA_LAUNCH(gradients_kernel<T>, blocks, kThreads, 0, stream, p);
   return launch(grad_B_kernel<T>, (in.length + kThreads - 1) / kThreads * in.batch * in.state, kThreads, 0, stream, p);
 }
 

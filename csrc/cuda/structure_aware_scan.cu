@@ -14,7 +14,7 @@ Plan make_plan(const Size& size, int multiprocessors, int max_tile) {
     plan.tiles = (width + plan.tile - 1) / plan.tile;
   }
   const int64_t blocks = padded_dim(size.dim) / kChannels * size.batch * plan.tiles;
-  // A chunk reads and scans 10 rows that its neighbours do too: as few chunks as keep the multiprocessors busy.
+  // A chunk reads and scans 10 rows that its neighbours do too: as few chunks as fill the multiprocessors.
   if (blocks > 0 && blocks < 2 * multiprocessors) {
     const int64_t wanted = (4 * multiprocessors + blocks - 1) / blocks;
     const int chunks = static_cast<int>(std::min<int64_t>(wanted, (height + 7) / 8));
@@ -43,8 +43,8 @@ Problem<T> make_problem(const ScanInputs& in, const Plan& plan) {
   p.size = in.size;
   p.plan = plan;
   p.softplus = in.softplus != 0;
-  p.u = make_rows<T>(in.u, in.size);
-  p.delta = make_rows<T>(in.delta, in.size);
+  p.u = make_rows<T>(in.u, in.size, plan);
+  p.delta = make_rows<T>(in.delta, in.size, plan);
   p.A = in.A;
   p.B = in.B;
   p.C = in.C;
@@ -69,8 +69,7 @@ cudaError_t find_states(Problem<T>& p, float* workspace, cudaStream_t stream) {
 template <class T>
 cudaError_t run_forward(const ScanInputs& in, const Plan& plan, const Map& y, float* workspace, cudaStream_t stream) {
   Problem<T> p = make_problem<T>(in, plan);
-  p.out = make_rows<T>(y, in.size);
-  if (p.out.channels_last != p.u.channels_last) return cudaErrorInvalidValue;
+  p.out = make_rows<T>(y, in.size, plan);
   if (needs_states(plan)) {
     const cudaError_t error = find_states(p, workspace, stream);
     if (error != cudaSuccess) return error;
@@ -84,13 +83,11 @@ cudaError_t run_backward(const ScanInputs& in, const Plan& plan, const Map& grad
                          float* workspace, cudaStream_t stream) {
   Problem<T> p = make_problem<T>(in, plan);
   const int64_t count = segments(in.size, plan), width = padded_dim(in.size.dim);
-  p.grad = make_rows<T>(grad, in.size);
-  p.grad_u = make_rows<T>(out.u, in.size);
-  p.grad_delta = make_rows<T>(out.delta, in.size);
-  if (p.grad_u.channels_last != p.u.channels_last || p.grad_delta.channels_last != p.delta.channels_last)
-    return cudaErrorInvalidValue;
+  p.grad = make_rows<T>(grad, in.size, plan);
+  p.grad_u = make_rows<T>(out.u, in.size, plan);
+  p.grad_delta = make_rows<T>(out.delta, in.size, plan);
   p.grad_h = make_rows<float>(
-      {workspace + 4 * count, in.size.height * in.size.width * width, 1, in.size.width * width, width}, in.size);
+      {workspace + 4 * count, width * in.size.width * in.size.height, 1, width * in.size.width, width}, in.size, plan);
   p.grad_B = out.B;
   p.grad_C = out.C;
   p.parameters = out.parameters;

@@ -1,12 +1,19 @@
 """The ops of Spatial-Mamba. They need torch, and nothing else."""
 
+from . import flops
 from .backend import available_backends, use_backend
+from .depthwise_conv import depthwise_conv
+from .gated_layer_norm import gated_layer_norm
 from .selective_scan import selective_scan
 from .state_fusion import state_fusion
 from .structure_aware_scan import structure_aware_scan
 
+flops.install()
+
 __all__ = [
     'available_backends',
+    'depthwise_conv',
+    'gated_layer_norm',
     'selective_scan',
     'state_fusion',
     'structure_aware_scan',

@@ -28,7 +28,9 @@ def _load_native() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         reason = ' '.join(str(error).split())
-        return f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
+        return (
+            f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
+        )
     library.register('native')
     return None
 
@@ -54,11 +56,12 @@ library.register('torch', torch_backend.KERNELS)
 _MISSING = {'native': _load_native(), 'triton': _register_triton(), 'torch': None}
 
 
-@cache
-def _native_runs_on(device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        'mmspatialmamba_native::structure_aware_scan', {'cpu': 'CPU', 'cuda': 'CUDA'}.get(device, 'Meta')
-    )
+_NATIVE_DEVICES = frozenset(
+    device
+    for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA'))
+    if _MISSING['native'] is None
+    and torch._C._dispatch_has_kernel_for_dispatch_key('mmspatialmamba_native::structure_aware_scan', key)
+)
 
 
 def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -75,7 +78,7 @@ def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> 
         return None
     if dtype == torch.float64:
         return 'it computes in float32; convert the float64 inputs, or use the torch backend'
-    if name == 'native' and not _native_runs_on(device):
+    if name == 'native' and device not in _NATIVE_DEVICES:
         if device == 'cuda':
             return 'it was compiled without CUDA; reinstall mmspatialmamba with CUDA_HOME set, or with FORCE_CUDA=1'
         return f'it has no kernels for {device} tensors'
@@ -123,15 +126,9 @@ def _log_choice(name: str, device: str) -> None:
     logging.getLogger('mmspatialmamba').info('ops on %s tensors run on the %r backend', device, name)
 
 
-def kernels(*tensors: torch.Tensor):
-    """The ops of the backend that runs the next call: that of ``use_backend``, else of ``MMSPATIALMAMBA_BACKEND``, else
-    the preferred one for these inputs.
-
-    Args:
-        *tensors (Tensor): The op's inputs.
-
-    Returns:
-        A namespace of ``torch.ops``.
+def _choose(*tensors: torch.Tensor) -> str:
+    """The backend of the next call: that of ``use_backend``, else of ``MMSPATIALMAMBA_BACKEND``, else the preferred one for
+    these inputs.
 
     Raises:
         ValueError: If a backend was asked for that cannot run on these inputs.
@@ -148,4 +145,18 @@ def kernels(*tensors: torch.Tensor):
         name = next(name for name in _PREFERENCE if why_unusable(name, device, dtype) is None)
         if not torch.compiler.is_compiling():
             _log_choice(name, device)
-    return getattr(torch.ops, f'mmspatialmamba_{name}')
+    return name
+
+
+def kernels(*tensors: torch.Tensor):
+    """The ops of the backend that runs the next call on these inputs, a namespace of ``torch.ops``.
+
+    Raises:
+        ValueError: If a backend was asked for that cannot run on these inputs.
+    """
+    return getattr(torch.ops, f'mmspatialmamba_{_choose(*tensors)}')
+
+
+def fuses_elementwise(*tensors: torch.Tensor) -> bool:
+    """Whether the next call's backend has the fused element-wise ops: native, on the CPU."""
+    return tensors[0].device.type == 'cpu' and _choose(*tensors) == 'native'

@@ -21,8 +21,7 @@ SCHEMAS = {
     ),
     'state_fusion': '(Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha) -> Tensor',
     'state_fusion_backward': (
-        '(Tensor grad, Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha)'
-        f' -> ({", ".join(["Tensor"] * 5)})'
+        f'(Tensor grad, Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha) -> ({", ".join(["Tensor"] * 5)})'
     ),
     'structure_aware_scan': (
         '(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor k1, Tensor k3, Tensor k5, '
@@ -68,6 +67,17 @@ FAKES = {
     'state_fusion_backward': lambda grad, *inputs: tuple(torch.empty_like(t) for t in inputs),
     'structure_aware_scan': _fake_structure_aware_scan,
     'structure_aware_scan_backward': _like_the_inputs(1),
+}
+
+# Fused on the CPU only: elsewhere PyTorch's own kernels do this work, and the other backends leave it to them.
+CPU_FAKES = {
+    'depthwise_conv': lambda x, weight, bias, finish: torch.empty_like(x),
+    'depthwise_conv_backward': lambda grad, *inputs: tuple(torch.empty_like(t) for t in inputs[:3]),
+    'gated_layer_norm': lambda x, gate, weight, bias, eps: x.new_empty(x.shape),
+    'gated_layer_norm_backward': lambda grad, x, gate, weight, bias, eps: (
+        *(t.new_empty(t.shape) for t in (x, gate)),
+        *(torch.empty_like(t) for t in (weight, bias)),
+    ),
 }
 
 
@@ -141,7 +151,7 @@ def register(backend: str, kernels: Mapping[str, Callable] | None = None) -> Non
         for op, schema in SCHEMAS.items():
             library.define(op + schema)
             library.impl(op, kernels[op], 'CompositeExplicitAutograd')
-    for op, fake in FAKES.items():
+    for op, fake in (FAKES if kernels is not None else {**FAKES, **CPU_FAKES}).items():
         torch.library.register_fake(f'{namespace}::{op}', fake)
         if not op.endswith('_backward'):
             _register_autograd(namespace, op)

@@ -59,10 +59,19 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         decay, h = ctx.saved_tensors
-        following = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
-        grad_drive = _LinearRecurrence.apply(following.flip(1), grad.flip(1)).flip(1)
-        previous = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], dim=1)
-        return grad_drive * previous, grad_drive
+        grad_drive = _reverse_scan(decay, grad)
+        return grad_drive * _previous(h), grad_drive
+
+
+def _previous(h):
+    """h_(t-1) at each t."""
+    return torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], dim=1)
+
+
+def _reverse_scan(decay, grad):
+    """G_t = grad_t + decay_(t+1) * G_(t+1), the gradient of the recurrence's drive."""
+    following = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
+    return _LinearRecurrence.apply(following.flip(1), grad.flip(1)).flip(1)
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -89,20 +98,73 @@ def selective_scan(u, delta, A, B, delta_bias, delta_softplus):
         return h.unflatten(2, A.shape).permute(0, 2, 3, 1)
 
 
+def selective_scan_backward(grad, h, u, delta, A, B, delta_bias, delta_softplus):
+    dtype = compute_dtype(u, delta, A, B)
+    u, delta, B = (x.to(dtype).transpose(1, 2) for x in (u, delta, B))
+    grad, h = (x.to(dtype).permute(0, 3, 1, 2) for x in (grad, h))
+    A = A.to(dtype)
+    dt = _time_step(delta, None if delta_bias is None else delta_bias.to(dtype), delta_softplus)
+    decay = torch.exp(dt.unsqueeze(-1) * A)
+    grad_state = _reverse_scan(decay.flatten(2), grad.flatten(2)).view_as(decay)
+    grad_exponent = grad_state * _previous(h) * decay
+    grad_drive = (grad_state * B.unsqueeze(2)).sum(3)
+    grad_delta = (grad_exponent * A).sum(3) + grad_drive * u
+    if delta_softplus:
+        grad_delta = grad_delta * -torch.expm1(-dt)
+    return (
+        (grad_drive * dt).transpose(1, 2),
+        grad_delta.transpose(1, 2),
+        (grad_exponent * dt.unsqueeze(-1)).sum((0, 1)),
+        (grad_state * (dt * u).unsqueeze(-1)).sum(2).transpose(1, 2),
+        grad_delta.sum((0, 1)),
+    )
+
+
+def _split(x, k):
+    """The k^2 interleaved sub-maps of a map whose height and width are multiples of k, side by side in the batch."""
+    submaps = x.permute(0, 2, 3, 1).unflatten(1, (-1, k)).unflatten(3, (-1, k))
+    return submaps.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def _unite(submaps, k):
+    """The inverse of ``_split``."""
+    x = submaps.permute(0, 2, 3, 1).unflatten(0, (-1, k, k)).permute(0, 3, 1, 4, 2, 5)
+    return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def _pad_and_split(h, k):
+    """Replicate ``h`` by k pixels a side, and on to a multiple of k, and split it."""
+    height, width = h.shape[2:]
+    return _split(F.pad(h, (k, k + -width % k, k, k + -height % k), mode='replicate'), k)
+
+
 def _dilated_depthwise_conv(h, kernel, dilation):
     """Replicate-padded depthwise 3x3 convolution.
 
     A dilated convolution is a dense one on each of the dilation^2 interleaved sub-maps. Splitting them off first costs
     two copies and saves much more, since PyTorch's CPU kernels are fast for dense depthwise kernels only.
     """
-    batch, _, height, width = h.shape
-    k = dilation
-    padded = F.pad(h, (k, k + -width % k, k, k + -height % k), mode='replicate')
-    submaps = padded.permute(0, 2, 3, 1).unflatten(1, (-1, k)).unflatten(3, (-1, k))
-    submaps = submaps.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
-    fused = F.conv2d(submaps, kernel, groups=kernel.shape[0]).permute(0, 2, 3, 1)
-    fused = fused.unflatten(0, (batch, k, k)).permute(0, 3, 1, 4, 2, 5).flatten(1, 2).flatten(2, 3)
-    return fused[:, :height, :width].permute(0, 3, 1, 2)
+    fused = _unite(F.conv2d(_pad_and_split(h, dilation), kernel, groups=kernel.shape[0]), dilation)
+    return fused[:, :, : h.shape[2], : h.shape[3]]
+
+
+def _fold(x, k, dim):
+    """Add the outer k rows (or columns) of each side to the one next to them, which they replicate."""
+    before, inside, after = x.split([k, x.shape[dim] - 2 * k, k], dim)
+    inside = inside.clone()
+    inside.narrow(dim, 0, 1).add_(before.sum(dim, keepdim=True))
+    inside.narrow(dim, -1, 1).add_(after.sum(dim, keepdim=True))
+    return inside
+
+
+def _dilated_depthwise_conv_backward(grad, h, kernel, dilation):
+    k, groups = dilation, kernel.shape[0]
+    height, width = h.shape[2:]
+    submaps = _pad_and_split(h, k)
+    grad = _split(F.pad(grad, (0, -width % k, 0, -height % k)), k)
+    padded = _unite(torch.nn.grad.conv2d_input(submaps.shape, kernel, grad, groups=groups), k)
+    grad_h = _fold(_fold(padded[:, :, : height + 2 * k, : width + 2 * k], k, 2), k, 3)
+    return grad_h, torch.nn.grad.conv2d_weight(submaps, kernel.shape, grad, groups=groups)
 
 
 def state_fusion(h, k1, k3, k5, alpha):
@@ -113,6 +175,21 @@ def state_fusion(h, k1, k3, k5, alpha):
             _dilated_depthwise_conv(h, (weight.to(dtype) * kernel.to(dtype)), dilation)
             for kernel, weight, dilation in zip((k1, k3, k5), alpha, (1, 3, 5))
         )
+
+
+def state_fusion_backward(grad, h, k1, k3, k5, alpha):
+    dtype = compute_dtype(h, k1, k3, k5, alpha)
+    grad, h, alpha = (x.to(dtype) for x in (grad, h, alpha))
+    kernels = [k.to(dtype) for k in (k1, k3, k5)]
+    grads_h, grads_weighted = zip(
+        *(
+            _dilated_depthwise_conv_backward(grad, h, weight * kernel, dilation)
+            for kernel, weight, dilation in zip(kernels, alpha, (1, 3, 5))
+        )
+    )
+    grads_kernel = [weight * g for weight, g in zip(alpha, grads_weighted)]
+    grad_alpha = torch.stack([(kernel * g).sum() for kernel, g in zip(kernels, grads_weighted)])
+    return (sum(grads_h), *grads_kernel, grad_alpha)
 
 
 def structure_aware_scan(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
@@ -129,6 +206,33 @@ def structure_aware_scan(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, de
         return y.to(u.dtype)
 
 
+def structure_aware_scan_backward(grad, u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
+    dtype = compute_dtype(u, delta, A, B, C, D, k1, k3, k5, alpha)
+    grad = grad.to(dtype)
+    scan_inputs = (u.flatten(2).to(dtype), delta.flatten(2), A, B.flatten(2), delta_bias, delta_softplus)
+    h = selective_scan(*scan_inputs)
+    state_map = h.squeeze(2).view_as(u)
+    grad_C = (grad * state_fusion(state_map, k1, k3, k5, alpha)).sum(1, keepdim=True)
+    grad_D = (grad * u).sum((0, 2, 3))
+    grad_map, *grads_fusion = state_fusion_backward(grad * C, state_map, k1, k3, k5, alpha)
+    grad_u, grad_delta, grad_A, grad_B, grad_bias = selective_scan_backward(
+        grad_map.flatten(2).unsqueeze(2), h, *scan_inputs
+    )
+    grad_u = grad_u.view_as(u) + D.to(dtype).view(-1, 1, 1) * grad
+    return (grad_u, grad_delta.view_as(u), grad_A, grad_B.view_as(B), grad_C, grad_D, *grads_fusion, grad_bias)
+
+
+def depthwise_conv(x, weight, bias, finish):
+    out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    if finish == 'silu':
+        return F.silu(out)
+    return x + out if finish == 'residual' else out
+
+
+def gated_layer_norm(x, gate, weight, bias, eps):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * F.silu(gate)
+
+
 def _opaque(function: Callable, dense_like_first: bool) -> Callable:
     """Make a kernel of a function: a fresh tensor, in the memory format of the first argument where asked for."""
 
@@ -140,36 +244,31 @@ def _opaque(function: Callable, dense_like_first: bool) -> Callable:
     return kernel
 
 
-def _backward(function: Callable, first: int) -> Callable:
-    """The gradients of ``function`` from a recomputed forward pass.
+def _opaque_backward(function: Callable, first: int) -> Callable:
+    """Make a kernel of a backward function: fresh tensors, like its inputs in dtype and memory format.
 
     Args:
-        function (Callable): An op of this module.
-        first (int): Position of the op's first input among the arguments of its backward op.
+        function (Callable): Returns a gradient for each tensor that the op takes, the optional bias included.
+        first (int): Position of the op's first input among the arguments.
     """
 
-    def kernel(grad, *args):
-        inputs = args[first - 1 :]
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-
-        def of_tensors(*values):
-            values = iter(values)
-            return function(*(next(values) if isinstance(t, torch.Tensor) else t for t in inputs))
-
-        _, vjp = torch.func.vjp(of_tensors, *tensors)
-        gradients = [torch.empty_like(t).copy_(g) for t, g in zip(tensors, vjp(grad))]
-        if None in inputs:
-            gradients.append(inputs[2].new_zeros(inputs[2].shape[0]))
-        return tuple(gradients)
+    def kernel(*args):
+        with torch.autocast(args[0].device.type, enabled=False):
+            gradients = function(*args)
+        inputs = [t for t in args[first:] if not isinstance(t, bool)]
+        return tuple(
+            inputs[2].new_zeros(inputs[2].shape[0]) if t is None else torch.empty_like(t).copy_(gradient)
+            for t, gradient in zip(inputs, gradients)
+        )
 
     return kernel
 
 
 KERNELS = {
     'selective_scan': _opaque(selective_scan, dense_like_first=False),
-    'selective_scan_backward': _backward(selective_scan, 2),
+    'selective_scan_backward': _opaque_backward(selective_scan_backward, 2),
     'state_fusion': _opaque(state_fusion, dense_like_first=True),
-    'state_fusion_backward': _backward(state_fusion, 1),
+    'state_fusion_backward': _opaque_backward(state_fusion_backward, 1),
     'structure_aware_scan': _opaque(structure_aware_scan, dense_like_first=True),
-    'structure_aware_scan_backward': _backward(structure_aware_scan, 1),
+    'structure_aware_scan_backward': _opaque_backward(structure_aware_scan_backward, 1),
 }

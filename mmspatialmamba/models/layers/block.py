@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mmspatialmamba.ops import depthwise_conv
+
 from .mixer import StructureAwareSSM
 
 
@@ -53,9 +55,9 @@ class SpatialMambaBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x + self.cpe1(x)).permute(0, 2, 3, 1)
+        x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
         x = (x + self.drop_path(self.mixer(self.ln1(x)))).permute(0, 3, 1, 2)
-        x = (x + self.cpe2(x)).permute(0, 2, 3, 1)
+        x = depthwise_conv(x, self.cpe2.weight, self.cpe2.bias, 'residual').permute(0, 2, 3, 1)
         return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,18 @@
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution as a matrix product over channels, which takes channels-last maps as they are.
+
+    PyTorch's convolution would, on the CPU, fall back to a slow kernel for many of these shapes.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ConvLayer(nn.Sequential):
@@ -31,7 +43,8 @@ class ConvLayer(nn.Sequential):
         act: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        conv = PointwiseConv if kernel_size == 1 else nn.Conv2d
+        self.conv = conv(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         if norm_cfg is not None:

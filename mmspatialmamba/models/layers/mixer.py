@@ -3,10 +3,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mmspatialmamba.ops import structure_aware_scan
+from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
 
 
 class StructureAwareSSM(nn.Module):
@@ -44,7 +43,7 @@ class StructureAwareSSM(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix the pixels of ``x``, (batch, height, width, channels); the output has its shape."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.conv(x.permute(0, 3, 1, 2)))
+        u = depthwise_conv(x.permute(0, 3, 1, 2), self.conv.weight, self.conv.bias, 'silu')
         dt, B, C = self.x_proj(u.permute(0, 2, 3, 1)).split([self.dt_rank, 1, 1], dim=-1)
         y = structure_aware_scan(
             u,
@@ -57,4 +56,5 @@ class StructureAwareSSM(nn.Module):
             self.fusion_alpha,
             self.dt_bias,
         )
-        return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)) * F.silu(z))
+        norm = self.out_norm
+        return self.out_proj(gated_layer_norm(y.permute(0, 2, 3, 1), z, norm.weight, norm.bias, norm.eps))
