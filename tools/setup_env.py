@@ -211,9 +211,9 @@ class Environment:
             f'What to do: {advice} Then run this again: it goes on from here.'
         )
 
-    def pip_install(self, name: str, arguments: list, advice: str = '') -> None:
-        """Install with pip."""
-        self.run(
+    def pip_install(self, name: str, arguments: list, advice: str = '') -> Path:
+        """Install with pip, and return the log."""
+        return self.run(
             name,
             [self.python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments],
             advice or 'check that pip reaches its package index and that the disk is not full.',
@@ -473,24 +473,42 @@ def write_cxx20_wrapper(path: Path, compiler: list[str]) -> Path:
     return path
 
 
+def sources_of_the_ops(env: Environment) -> str:
+    """Fingerprint what the compiled ops are made of: their sources, how they are built, and torch."""
+    digest = hashlib.sha256(env.probe()['versions'].get('torch', '').encode())
+    for path in [REPO / 'setup.py', *sorted(REPO.glob('csrc/**/*.*'))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def install_this(env: Environment) -> None:
-    """Install this checkout, editable, unless this very checkout is."""
+    """Install this checkout, editable, and compile its ops, unless this very checkout is installed."""
     probed = env.probe()
     origin = probed['origin'] or {}
     version = runpy.run_path(str(REPO / 'mmspatialmamba' / 'version.py'))['__version__']
+    library, built = REPO / 'mmspatialmamba' / 'ops' / '_native.so', env.state / 'ops-built-from'
+    sources = sources_of_the_ops(env)
     if (
         origin.get('url') == REPO.as_uri()
         and origin.get('dir_info', {}).get('editable')
         and probed['versions']['mmspatialmamba'] == version
         and (REPO / 'mmspatialmamba' / '.mim' / 'configs').exists()
+        and (built.exists() and built.read_text(encoding='utf-8') == f'{sources} {library.exists()}')
     ):
         return
-    with announced(f'mmspatialmamba {version}, editable from {REPO}'):
-        env.pip_install(
+    library.unlink(missing_ok=True)
+    with announced(f'mmspatialmamba {version}, editable from {REPO}, with its ops (about 2 minutes on 2 cores)'):
+        log = env.pip_install(
             'mmspatialmamba',
-            ['--no-deps', '--no-build-isolation', '--editable', REPO],
+            ['--verbose', '--no-deps', '--no-build-isolation', '--editable', REPO],
             'read the error above; it is about this checkout.',
         )
+        said = re.findall('mmspatialmamba: (.*)', log.read_text(encoding='utf-8', errors='replace'))
+        for line in dict.fromkeys(said):
+            print(f'setup:   {line}', flush=True)
+        if not library.exists():
+            print(f'setup:   the ops run on plain PyTorch; all the output: {log}', flush=True)
+    built.write_text(f'{sources} {library.exists()}', encoding='utf-8')
 
 
 def mark(env: Environment) -> Path:

@@ -31,6 +31,9 @@ def _load_native() -> str | None:
         return (
             f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
         )
+    missing = library.missing('native')
+    if missing:
+        return f'its ops were compiled from another version, without {", ".join(missing)}; reinstall mmspatialmamba'
     library.register('native')
     return None
 

@@ -133,6 +133,12 @@ def _register_autograd(namespace: str, op: str) -> None:
     torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second)
 
 
+def missing(backend: str) -> list[str]:
+    """Names of the ops that the loaded library of a backend does not define."""
+    namespace = getattr(torch.ops, f'mmspatialmamba_{backend}')
+    return [op for op in {**FAKES, **CPU_FAKES} if not hasattr(namespace, op)]
+
+
 _libraries = []
 
 
