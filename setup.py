@@ -22,7 +22,7 @@ PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
-CPU_KERNELS = [f'csrc/cpu/{name}.cpp' for name in ('structure_aware_scan', 'selective_scan', 'state_fusion', 'table')]
+CPU_KERNELS = [f'csrc/cpu/{path.name}' for path in sorted(ROOT.glob('csrc/cpu/*.cpp')) if path.name != 'ops.cpp']
 INSTRUCTION_SETS = {
     'baseline': [],
     'avx2': ['-mavx2', '-mfma', '-mf16c'],
@@ -160,7 +160,9 @@ def native_extension(with_cuda: bool) -> Extension:
         include_dirs=[*include_paths(device), *(wheels if with_cuda else [])],
         library_dirs=library_paths(device),
         libraries=libraries,
-        extra_compile_args={'cxx': ['-O2', '-g0'], 'nvcc': ['-O3']},
+        define_macros=[(f'WITH_{name.upper()}', None) for name in instruction_sets() if name != 'baseline'],
+        # Compiled for OpenMP, but not linked to a runtime of its own: the one that torch loaded has the threads.
+        extra_compile_args={'cxx': ['-O2', '-g0', '-fopenmp'], 'nvcc': ['-O3']},
         language='c++',
     )
 

@@ -3,30 +3,22 @@
 
 #include <ATen/ATen.h>
 
-#include <array>
 #include <tuple>
 
 namespace mmspatialmamba {
-
-// The kernels' elements in the order of the taps: 0 to 8 of dilation 1, 9 to 17 of dilation 3, 18 to 26 of dilation 5,
-// whose centres, 13 and 22, are added to tap 4.
-inline at::Tensor tap_order(const at::Device& device) {
-  static const std::array<int64_t, 25> order = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12,
-                                                14, 15, 16, 17, 18, 19, 20, 21, 23, 24, 25, 26};
-  return at::tensor(at::ArrayRef<int64_t>(order), at::kLong).to(device);
-}
 
 inline at::Tensor stack_kernels(const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5) {
   const auto flat = [](const at::Tensor& kernel) { return kernel.to(at::kFloat).reshape({kernel.size(0), 9}); };
   return at::stack({flat(k1), flat(k3), flat(k5)});
 }
 
-// (25, dim), float32: 9 taps of dilation 1, the centre being the sum of all three, then 8 of dilation 3 and 8 of 5.
+// (25, dim), float32: 9 taps of dilation 1, the centre being the sum of all three, then 8 of dilation 3 and 8 of 5. Of the
+// kernels' 27 elements, number 13 and number 22 are the centres of dilation 3 and 5.
 inline at::Tensor merge_taps(const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5, const at::Tensor& alpha) {
   const int64_t dim = k1.size(0);
   const at::Tensor weighted = stack_kernels(k1, k3, k5) * alpha.to(at::kFloat).view({3, 1, 1});
   const at::Tensor all = weighted.transpose(1, 2).reshape({27, dim});
-  at::Tensor taps = all.index_select(0, tap_order(all.device()));
+  at::Tensor taps = at::cat({all.narrow(0, 0, 13), all.narrow(0, 14, 8), all.narrow(0, 23, 4)});
   taps.select(0, 4).add_(all.select(0, 13)).add_(all.select(0, 22));
   return taps;
 }
@@ -36,10 +28,9 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> split_taps_gra
     const at::Tensor& grad_taps, const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5,
     const at::Tensor& alpha) {
   const int64_t dim = k1.size(0);
-  at::Tensor all = at::empty({27, dim}, grad_taps.options());
-  all.index_copy_(0, tap_order(all.device()), grad_taps);
-  all.select(0, 13).copy_(grad_taps.select(0, 4));
-  all.select(0, 22).copy_(grad_taps.select(0, 4));
+  const at::Tensor centre = grad_taps.narrow(0, 4, 1);
+  const at::Tensor all = at::cat(
+      {grad_taps.narrow(0, 0, 13), centre, grad_taps.narrow(0, 13, 8), centre, grad_taps.narrow(0, 21, 4)});
   const at::Tensor grads = all.view({3, 9, dim}).transpose(1, 2);
   const at::Tensor weighted = grads * alpha.to(at::kFloat).view({3, 1, 1});
   const auto of = [&](int i, const at::Tensor& kernel) {

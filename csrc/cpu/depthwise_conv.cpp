@@ -52,9 +52,11 @@ void depthwise_conv(const ConvArgs& args, const Map& y, int64_t batch, int64_t b
     const Row target = out.open(q);
     const float* centre = row(q) + kReach * kBlock;
     const auto run = [&](auto finish) {
-      convolve_row(meetings, count, width, [&](int64_t i, int v, Vec total) {
-        const int c = v * kLanes;
-        store(target.at(i).data + c, finish(total + load(bias + c), load(centre + i * kBlock + c)));
+      convolve_row(meetings, count, width, [&](int64_t i, const float* totals) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kBlock; c += kLanes) {
+          store(target.at(i).data + c, finish(load(totals + c) + load(bias + c), load(centre + i * kBlock + c)));
+        }
       });
     };
     switch (args.finish) {
@@ -101,11 +103,13 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
       if (args.finish == Finish::kSilu) {
         const float* sources[kConvLines] = {input_row(r - 1), input_row(r), input_row(r + 1)};
         conv_meetings(r, height, weights, sources, meetings, count);
-        convolve_row(meetings, count, width, [&](int64_t i, int v, Vec total) {
-          const int c = v * kLanes;
-          const Vec value = total + load(bias + c), slope = logistic(value);
-          const Vec derivative = slope * (1.f + value * (1.f - slope));
-          store(target + i * kBlock + c, load(incoming.at(i).data + c) * derivative);
+        convolve_row(meetings, count, width, [&](int64_t i, const float* totals) {
+#pragma GCC unroll 8
+          for (int c = 0; c < kBlock; c += kLanes) {
+            const Vec value = load(totals + c) + load(bias + c), slope = logistic(value);
+            const Vec derivative = slope * (1.f + value * (1.f - slope));
+            store(target + i * kBlock + c, load(incoming.at(i).data + c) * derivative);
+          }
         });
       } else {
         fill(incoming, width, grad_row(r));
@@ -128,9 +132,12 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
     const Row target = out.open(q);
     const float* centre = grad_row(q) + kReach * kBlock;
     const bool residual = args.finish == Finish::kResidual;
-    convolve_row(meetings, count, width, [&](int64_t i, int v, Vec total) {
-      const int c = v * kLanes;
-      store(target.at(i).data + c, residual ? total + load(centre + i * kBlock + c) : total);
+    convolve_row(meetings, count, width, [&](int64_t i, const float* totals) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kBlock; c += kLanes) {
+        const Vec total = load(totals + c);
+        store(target.at(i).data + c, residual ? total + load(centre + i * kBlock + c) : total);
+      }
     });
     out.written(q);
   }

@@ -84,6 +84,7 @@ inline int64_t vectors(int64_t dim) { return (dim + 15) / 16 * 16; }
 // A task is one image of the batch and one block of channels. `scratch` is memory for its own use, see below, aligned
 // to 64 bytes.
 struct Kernels {
+  const char* instruction_set;
   void (*scan)(const ScanArgs&, const Map& y, int64_t batch, int64_t block, float* scratch);
   void (*scan_backward)(const ScanArgs&, const ScanGradients&, int64_t batch, int64_t block, float* scratch);
   void (*fusion)(const FusionArgs&, const Map& g, int64_t batch, int64_t block, float* scratch);

@@ -361,6 +361,10 @@ Tensors4 gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, 
 }  // namespace
 }  // namespace mmspatialmamba
 
+TORCH_LIBRARY_FRAGMENT(mmspatialmamba_native, m) {
+  m.def("instruction_set() -> str", []() -> std::string { return mmspatialmamba::kernels().instruction_set; });
+}
+
 TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("selective_scan", mmspatialmamba::selective_scan);
   m.impl("selective_scan_backward", mmspatialmamba::selective_scan_backward);

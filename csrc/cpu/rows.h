@@ -217,9 +217,11 @@ static ALWAYS_INLINE void meet(const float* pixel, const float* weights, Vec* to
   meet_from<kPixels, kDilation, kCentre, -kDilation>(pixel, left, middle, right, total);
 }
 
-// What `finish` gets: the sums of pixel x, of the channels of vector v.
+// The sums go to `finish` when all channels of a few pixels are done, x being the first: a map's pixels may lie so far
+// apart that a cache would drop them between one vector of channels and the next.
 template <int kPixels, class Finish>
 static ALWAYS_INLINE void convolve_pixels(const Meeting* meetings, int count, int64_t x, const Finish& finish) {
+  alignas(64) float totals[kPixels * kBlock];
   for (int v = 0; v < kVecs; ++v) {
     Vec total[kPixels] = {};
     for (int i = 0; i < count; ++i) {
@@ -234,10 +236,12 @@ static ALWAYS_INLINE void convolve_pixels(const Meeting* meetings, int count, in
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i) finish(x + i, v, total[i]);
+    for (int i = 0; i < kPixels; ++i) store(totals + i * kBlock + v * kLanes, total[i]);
   }
+  for (int i = 0; i < kPixels; ++i) finish(x + i, totals + i * kBlock);
 }
 
+// Calls finish(x, sums of the kBlock channels of pixel x) for each pixel.
 template <class Finish>
 static ALWAYS_INLINE void convolve_row(const Meeting* meetings, int count, int64_t width, const Finish& finish) {
   int64_t x = 0;
@@ -287,8 +291,9 @@ static inline void transposed_fusion(int64_t q, int64_t height, int64_t width, c
       }
     }
   }
-  convolve_row(meetings, count, width,
-               [&](int64_t x, int v, Vec total) { store(target + x * kBlock + v * kLanes, total); });
+  convolve_row(meetings, count, width, [&](int64_t x, const float* totals) {
+    memcpy(target + x * kBlock, totals, kBlock * sizeof(float));
+  });
   for (int c = 0; c < kBlock; ++c) {
     target[c] += first[c];
     target[(width - 1) * kBlock + c] += last[c];

@@ -26,8 +26,8 @@ void fusion(const FusionArgs& args, const Map& g, int64_t batch, int64_t block, 
     Meeting meetings[kNumLines];
     fusion_meetings(q, height, weights, row, meetings);
     const Row target = out.open(q);
-    convolve_row(meetings, kNumLines, width, [&](int64_t x, int v, Vec total) {
-      store(target.data + x * target.stride + v * kLanes, total);
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, const float* totals) {
+      memcpy(target.at(x).data, totals, kBlock * sizeof(float));
     });
     out.written(q);
   }

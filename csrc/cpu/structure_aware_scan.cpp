@@ -19,10 +19,11 @@ struct Parameters {
   }
 };
 
-void prefetch(const Row& row, int64_t first) {
+// Asks for pixels of a row ahead of their use; what is written whole is fetched too.
+void prefetch(const Row& row, int64_t first, int64_t count) {
   constexpr int kLine = 16;
-  for (int x = 0; x < kChunk; ++x) {
-    for (int c = 0; c < kBlock; c += kLine) __builtin_prefetch(row.data + (first + x) * row.stride + c);
+  for (int64_t x = first; x < first + count; ++x) {
+    for (int c = 0; c < kBlock; c += kLine) __builtin_prefetch(row.at(x).data + c, 0, 2);
   }
 }
 
@@ -32,8 +33,8 @@ void scan_row(const Row& u, const Row& delta, const float* B, const Parameters& 
   TimeSteps steps;
   for (int64_t first = 0; first < width; first += kChunk) {
     const int count = static_cast<int>(smaller(kChunk, width - first));
-    prefetch(u, first + kChunk);
-    prefetch(delta, first + kChunk);
+    prefetch(u, first + kChunk, kChunk);
+    prefetch(delta, first + kChunk, kChunk);
     time_steps<kSoftplus, false>(delta.at(first), count, parameters.bias, parameters.A, steps);
     for (int x = 0; x < count; ++x) {
 #pragma GCC unroll 8
@@ -69,7 +70,7 @@ void reverse_row(const Row& u, const Row& delta, const Row& grad_y, const Row& g
   for (int64_t first = (width - 1) / kChunk * kChunk; first >= 0; first -= kChunk) {
     const int count = static_cast<int>(smaller(kChunk, width - first));
     const Row* rows[] = {&u, &delta, &grad_y, &grad_u, &grad_delta};
-    for (const Row* row : rows) prefetch(*row, first - kChunk);
+    for (const Row* row : rows) prefetch(*row, first - kChunk, kChunk);
     time_steps<kSoftplus, true>(delta.at(first), count, parameters.bias, parameters.A, steps);
     for (int i = count - 1; i >= 0; --i) {
       const int64_t x = first + i;
@@ -116,6 +117,7 @@ void scan(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, floa
 
   Vec state[kVecs] = {};
   for (int64_t r = 0; r < height + kReach; ++r) {
+    if (r >= kReach) prefetch(out.open(r - kReach), 0, width);
     if (r < height) {
       scan_row(args, u.read(r), delta.read(r), B + r * width, parameters, state, row(r) + kReach * kBlock);
       pad_with_edges(row(r), width);
@@ -125,10 +127,12 @@ void scan(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, floa
     Meeting meetings[kNumLines];
     fusion_meetings(q, height, parameters.taps, row, meetings);
     const Row input = u.read(q), output = out.open(q);
-    convolve_row(meetings, kNumLines, width, [&](int64_t x, int v, Vec g) {
-      const int c = v * kLanes;
-      const Vec skip = load(parameters.D + c) * load(input.data + x * input.stride + c);
-      store(output.data + x * output.stride + c, g * C[q * width + x] + skip);
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, const float* fused) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kBlock; c += kLanes) {
+        const Vec skip = load(parameters.D + c) * load(input.at(x).data + c);
+        store(output.at(x).data + c, load(fused + c) * C[q * width + x] + skip);
+      }
     });
     out.written(q);
   }
@@ -165,16 +169,18 @@ void scan_backward(const ScanArgs& args, const ScanGradients& gradients, int64_t
     const Row grad = y.read(r);
     float* g = ring_row(r);
     pad_with_zeros(g, width);
-    float* products = grad_state;
     Meeting meetings[kNumLines];
     fusion_meetings(r, height, parameters.taps, state_row, meetings);
-    convolve_row(meetings, kNumLines, width, [&](int64_t x, int v, Vec fused) {
-      const Vec out = load(grad.data + x * grad.stride + v * kLanes);
-      store(g + (kReach + x) * kBlock + v * kLanes, out * C[r * width + x]);
-      const Vec product = out * fused;
-      store(products + x * kLanes, v == 0 ? product : product + load(products + x * kLanes));
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, const float* fused) {
+      Vec product{};
+#pragma GCC unroll 8
+      for (int c = 0; c < kBlock; c += kLanes) {
+        const Vec out = load(grad.at(x).data + c);
+        store(g + (kReach + x) * kBlock + c, out * C[r * width + x]);
+        product += out * load(fused + c);
+      }
+      grad_C[r * width + x] = sum(product);
     });
-    for (int64_t x = 0; x < width; ++x) grad_C[r * width + x] = sum(load(products + x * kLanes));
     taps_gradient(r, height, width, g, state_row, grad_taps);
   };
 

@@ -18,9 +18,18 @@ void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, co
                                float*);
 
 extern const Kernels table;
-const Kernels table{scan,           scan_backward,           fusion,
-                    fusion_backward, selective_scan,          selective_scan_backward,
-                    depthwise_conv, depthwise_conv_backward, gated_layer_norm,
+#define NAME_OF(x) #x
+#define NAME(x) NAME_OF(x)
+const Kernels table{NAME(ISA),
+                    scan,
+                    scan_backward,
+                    fusion,
+                    fusion_backward,
+                    selective_scan,
+                    selective_scan_backward,
+                    depthwise_conv,
+                    depthwise_conv_backward,
+                    gated_layer_norm,
                     gated_layer_norm_backward};
 
 }  // namespace ISA

@@ -8,7 +8,7 @@ namespace ISA {
 
 // The arithmetic of one pixel is a long chain of dependent instructions. So it is done in short loops over several
 // pixels, of which a processor overlaps more than it would of one long loop's body.
-constexpr int kChunk = 8;
+constexpr int kChunk = 4;
 
 struct TimeSteps {
   alignas(64) float value[kChunk * kBlock];       // dt
@@ -39,7 +39,7 @@ static ALWAYS_INLINE void time_steps(const Row& delta, int count, const float* b
       } else {
         s = z / (z + 2.f);
       }
-      store(steps.value + i, log1p_from(s) + (0.f > input ? Vec{} : input));
+      store(steps.value + i, log1p_from(s) + maximum(Vec{}, input));
     }
   } else {
     for (int x = 0; x < count; ++x) {

@@ -6,6 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #if !defined(ISA)
 #define ISA baseline
 #endif
@@ -48,16 +52,55 @@ static ALWAYS_INLINE Vec absolute(Vec v) {
   return reinterpret_cast<Vec>(bits(v) & 0x7fffffff);
 }
 
+// The larger and the smaller of two; b where one of them is NaN.
+static ALWAYS_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static ALWAYS_INLINE Vec minimum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // A NaN stays what it is.
 static ALWAYS_INLINE Vec clamp(Vec v, float low, float high) {
-  v = low > v ? broadcast(low) : v;
-  return high < v ? broadcast(high) : v;
+  return minimum(broadcast(high), maximum(broadcast(low), v));
+}
+
+template <class T>
+static ALWAYS_INLINE T half_of(const void* v, int which) {
+  T half;
+  memcpy(&half, static_cast<const char*>(v) + which * sizeof(T), sizeof(T));
+  return half;
 }
 
 static ALWAYS_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  typedef float Vec8 __attribute__((vector_size(32), unused));
+  typedef float Vec4 __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  const Vec8 eight = half_of<Vec8>(&v, 0) + half_of<Vec8>(&v, 1);
+  const Vec4 four = half_of<Vec4>(&eight, 0) + half_of<Vec4>(&eight, 1);
+#elif defined(__AVX2__)
+  const Vec4 four = half_of<Vec4>(&v, 0) + half_of<Vec4>(&v, 1);
+#else
+  const Vec4 four = v;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // 2^x. Largest relative error 1.1e-8 before rounding; below 2^-126 the result is 0.

@@ -27,7 +27,7 @@ def _load_native() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        reason = ' '.join(str(error).split())
+        reason = ' '.join(str(error.__cause__ or error).split())
         return (
             f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
         )

@@ -64,14 +64,17 @@ def test_gradients_equal_reference(keys, goldens):
     torch.testing.assert_close(torch.stack(norms), truth, rtol=1e-4, atol=1e-5 * truth.max().item())
 
 
-def test_trajectory_equals_reference(keys, goldens):
+# In float32, rounding as another thread count or backend does flips a ReLU next to 0 and moves a loss by 5e-4.
+@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-5), (torch.float32, 1e-3)], ids=str)
+def test_trajectory_equals_reference(keys, goldens, dtype, bound):
     arch = dict(embed_dims=16, depths=(1, 1, 2, 1))
     backbone = SpatialMamba(arch, out_indices=-1, drop_path_rate=0.0).train()
     head = nn.Linear(128, 10)
     state = reference_state(backbone, keys, last_stage=3)
     backbone.load_state_dict(state, strict=True)
     head.load_state_dict({n: weights.make(f'head.{n}', tuple(p.shape)) for n, p in head.state_dict().items()})
-    image, labels = weights.image((8, 3, 64, 64), 51), torch.arange(8)
+    backbone, head = backbone.to(dtype), head.to(dtype)
+    image, labels = weights.image((8, 3, 64, 64), 51).to(dtype), torch.arange(8)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
     losses = []
     for _ in range(20):
@@ -80,7 +83,7 @@ def test_trajectory_equals_reference(keys, goldens):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    torch.testing.assert_close(torch.tensor(losses), goldens['trajectory/loss'].float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(losses), goldens['trajectory/loss'], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize('arch, parameters', [('tiny', 26748862), ('small', 43074280), ('base', 95745592)])

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 
@@ -6,47 +7,135 @@ import pytest
 import torch
 
 from mmspatialmamba import ops
+from mmspatialmamba.ops import backend as backend_module
+from mmspatialmamba.ops.backend import why_unusable
 
-CALL = 'ops.selective_scan(x, x, -x[0, :, :1], x[:, :1])'
-SCAN = f'import torch; from mmspatialmamba import ops; x = torch.ones(1, 2, 3); {CALL}'
-
-
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, '-c', code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+SCAN = (
+    'import torch; from mmspatialmamba import ops; x = torch.ones(1, 2, 3); '
+    'ops.selective_scan(x, x, -x[0, :, :1], x[:, :1])'
+)
 
 
-def test_torch_is_available():
-    assert 'torch' in ops.available_backends()
+def scan(dtype=torch.float32):
+    x = torch.ones(1, 2, 3, dtype=dtype)
+    return ops.selective_scan(x, x, -x[0, :, :1], x[:, :1])
 
 
-def test_use_backend_refuses_what_is_not_there():
-    message = r"use_backend asks for the backend 'cudnn', which this installation does not have; .*torch"
+@pytest.fixture
+def with_native(monkeypatch):
+    """Nobody asks for a backend, and native is there for CPU tensors."""
+    monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
+    monkeypatch.setitem(backend_module._MISSING, 'native', None)
+    monkeypatch.setattr(backend_module, '_NATIVE_DEVICES', frozenset({'cpu'}))
+
+
+def test_torch_is_available_and_comes_last():
+    assert ops.available_backends()[-1] == 'torch'
+
+
+def test_use_backend_refuses_an_unknown_name():
+    message = r"use_backend asks for the backend 'cudnn': it must be one of native, triton, torch"
     with pytest.raises(ValueError, match=message), ops.use_backend('cudnn'):
         pass
 
 
 def test_use_backend_ends_with_its_block():
-    x = torch.ones(1, 2, 3)
     with ops.use_backend('torch'):
-        inside = ops.selective_scan(x, x, -x[0, :, :1], x[:, :1])
-    torch.testing.assert_close(ops.selective_scan(x, x, -x[0, :, :1], x[:, :1]), inside)
+        with ops.use_backend(ops.available_backends()[0]):
+            pass
+        assert backend_module.kernels(torch.ones(1)) is torch.ops.mmspatialmamba_torch
+        inside = scan()
+    torch.testing.assert_close(scan(), inside)
 
 
-def test_environment_variable_chooses():
-    assert run_python(SCAN, MMSPATIALMAMBA_BACKEND='torch').returncode == 0
+@pytest.mark.parametrize('name', ['native', 'triton'])
+def test_use_backend_says_what_would_make_a_missing_one_usable(monkeypatch, name):
+    monkeypatch.setitem(backend_module._MISSING, name, 'it is not here; run "make it"')
+    assert name not in ops.available_backends()
+    message = f'use_backend asks for the backend \'{name}\', which cannot run here: it is not here; run "make it"'
+    with pytest.raises(ValueError, match=message), ops.use_backend(name):
+        pass
 
 
-def test_environment_variable_of_an_unknown_backend_is_an_error():
-    result = run_python(SCAN, MMSPATIALMAMBA_BACKEND='cudnn')
-    assert result.returncode == 1
-    assert "environment variable MMSPATIALMAMBA_BACKEND asks for the backend 'cudnn'" in result.stderr
+def test_native_without_a_library_says_how_to_compile_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(backend_module, '__file__', str(tmp_path / 'backend.py'))
+    assert 'not compiled; reinstall mmspatialmamba with MMSPATIALMAMBA_WITH_OPS=1' in backend_module._load_native()
 
 
-def test_automatic_choice_is_logged_once():
-    code = f"import logging; logging.basicConfig(level='INFO'); {SCAN}; {CALL}"
-    assert run_python(code).stderr.count("INFO:mmspatialmamba:ops run on the 'torch' backend") == 1
+def test_native_with_a_broken_library_says_why_it_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / '_native.so').write_bytes(b'no library')
+    monkeypatch.setattr(backend_module, '__file__', str(tmp_path / 'backend.py'))
+    reason = backend_module._load_native()
+    assert f'do not load with torch {torch.__version__}' in reason
+    assert '_native.so' in reason
+    assert reason.endswith('reinstall mmspatialmamba to compile them')
+    assert '\n' not in reason
+
+
+def test_triton_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(backend_module, 'find_spec', lambda name: None)
+    assert backend_module._register_triton() == 'triton is not installed; run "pip install triton"'
+
+
+def test_reasons_of_devices(monkeypatch):
+    monkeypatch.setattr(backend_module, '_MISSING', dict.fromkeys(('native', 'triton', 'torch')))
+    monkeypatch.setattr(backend_module, '_NATIVE_DEVICES', frozenset({'cpu'}))
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    assert why_unusable('native', 'cpu') is None
+    assert 'compiled without CUDA; reinstall mmspatialmamba with CUDA_HOME set' in why_unusable('native', 'cuda')
+    assert why_unusable('native', 'mps') == 'it has no kernels for mps tensors'
+    assert 'no kernels for cpu tensors, except in its interpreter, with TRITON_INTERPRET=1' in why_unusable(
+        'triton', 'cpu'
+    )
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert why_unusable('triton', 'cpu') is None
+    assert why_unusable('torch', 'mps', torch.float64) is None
+
+
+@pytest.mark.usefixtures('with_native')
+def test_float64_is_refused_by_a_backend_asked_for_by_name():
+    message = "use_backend asks for the backend 'native', which cannot run here: it computes in float32; convert the"
+    with ops.use_backend('native'), pytest.raises(ValueError, match=message):
+        scan(torch.float64)
+
+
+@pytest.mark.usefixtures('with_native')
+def test_float64_is_the_torch_backends_when_nobody_asks():
+    single, double = torch.ones(1), torch.ones(1, dtype=torch.float64)
+    assert backend_module.kernels(single) is torch.ops.mmspatialmamba_native
+    assert backend_module.kernels(single, double) is torch.ops.mmspatialmamba_torch
+    assert scan(torch.float64).dtype == torch.float64
+
+
+def test_environment_variable_chooses(monkeypatch):
+    monkeypatch.setenv('MMSPATIALMAMBA_BACKEND', 'torch')
+    assert backend_module.kernels(torch.ones(1)) is torch.ops.mmspatialmamba_torch
+
+
+def test_use_backend_goes_before_the_environment_variable(monkeypatch):
+    monkeypatch.setenv('MMSPATIALMAMBA_BACKEND', 'cudnn')
+    with ops.use_backend('torch'):
+        scan()
+
+
+def test_environment_variable_of_an_unknown_backend_is_an_error(monkeypatch):
+    monkeypatch.setenv('MMSPATIALMAMBA_BACKEND', 'cudnn')
+    message = "the environment variable MMSPATIALMAMBA_BACKEND asks for the backend 'cudnn': it must be one of native, "
+    with pytest.raises(ValueError, match=message):
+        scan()
+
+
+def test_automatic_choice_is_logged_once(monkeypatch, caplog):
+    monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
+    backend_module._log_choice.cache_clear()
+    chosen = next(name for name in ops.available_backends() if why_unusable(name, 'cpu') is None)
+    with caplog.at_level('INFO', logger='mmspatialmamba'):
+        with ops.use_backend('torch'):
+            scan()
+        assert caplog.messages == []
+        scan()
+        scan()
+    assert caplog.messages == [f"ops on cpu tensors run on the '{chosen}' backend"]
 
 
 def test_ops_need_torch_alone():
@@ -59,5 +148,18 @@ def test_ops_need_torch_alone():
         'import importlib.util; find = importlib.util.find_spec\n'
         'importlib.util.find_spec = lambda n, p=None: None if n in blocked else find(n, p)\n'
     )
-    result = run_python(code + SCAN)
+    result = subprocess.run([sys.executable, '-c', code + SCAN], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+@pytest.mark.parametrize('capability, expected', [('avx512', 'avx512'), ('avx2', 'avx2'), ('default', 'baseline')])
+def test_native_runs_on_the_instruction_set_that_torch_chose(capability, expected):
+    if platform.machine().lower() not in ('x86_64', 'amd64'):
+        expected = 'baseline'
+    elif expected.upper() not in torch.backends.cpu.get_cpu_capability() and expected == 'avx512':
+        pytest.skip('needs a CPU with AVX-512')
+    code = 'import torch; from mmspatialmamba import ops; print(torch.ops.mmspatialmamba_native.instruction_set())'
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability}
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == expected, result.stderr

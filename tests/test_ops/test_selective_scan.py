@@ -31,7 +31,7 @@ def gradients(function, inputs, grad_out, **kwargs):
 
 
 @pytest.mark.parametrize('name', ['n1', 'n4', 'long'])
-def test_equals_reference(goldens, name):
+def test_equals_reference(backend, goldens, name):
     prefix = f'scan/{name}/'
     inputs = {key[len(prefix) + 3 :]: value for key, value in goldens.items() if key.startswith(f'{prefix}in/')}
     out = selective_scan(**inputs, delta_softplus=True)
@@ -44,7 +44,7 @@ def test_equals_reference(goldens, name):
 @pytest.mark.parametrize('length', [1, 2, 15, 16, 17, 31, 37, 256, 257, 1000])
 @pytest.mark.parametrize('state', [1, 3])
 @pytest.mark.parametrize('softplus', [False, True], ids=['plain', 'softplus'])
-def test_forward_and_gradients_equal_sequential(length, state, softplus):
+def test_forward_and_gradients_equal_sequential(backend, length, state, softplus):
     inputs = make_inputs(2, 3, state, length)
     if not softplus:
         inputs['delta'] = inputs['delta'].abs()
@@ -60,7 +60,7 @@ def test_forward_and_gradients_equal_sequential(length, state, softplus):
 
 
 @pytest.mark.parametrize('decay', [0.01, 0.5, 0.99, 0.9999])
-def test_long_sequences_of_one_decay(decay):
+def test_long_sequences_of_one_decay(backend, decay):
     length = 100_000
     u = torch.randn(1, 1, length, generator=torch.Generator().manual_seed(2))
     one = torch.ones(1, 1, length)
@@ -70,15 +70,16 @@ def test_long_sequences_of_one_decay(decay):
         h = math.exp(A.item()) * h + x
         truth.append(h)
     truth = torch.tensor(truth, dtype=torch.float64).view(1, 1, 1, length)
-    out = selective_scan(u.double(), one.double(), A.double(), one.double())
-    assert relative_error(out, truth) < 1e-11
+    if backend == 'torch':
+        out = selective_scan(u.double(), one.double(), A.double(), one.double())
+        assert relative_error(out, truth) < 1e-11
     # float32 rounds the decay, and 1 / (1 - decay) steps add that up.
     bound = 1e-6 + 2**-24 / (1 - decay)
     assert relative_error(selective_scan(u, one, A, one), truth) < bound
 
 
 @pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 1e-6), (torch.float16, 1e-6)], ids=['bfloat16', 'float16'])
-def test_half_precision_inputs_have_a_float32_state(dtype, bound):
+def test_half_precision_inputs_have_a_float32_state(backend, dtype, bound):
     inputs = make_inputs(2, 3, 2, 300, dtype)
     out = selective_scan(**inputs, delta_softplus=True)
     assert out.dtype == torch.float32
@@ -90,10 +91,10 @@ def test_float64_gradients():
     inputs = make_inputs(1, 2, 2, 19, torch.float64)
     leaves = [value.requires_grad_() for value in inputs.values()]
     assert torch.autograd.gradcheck(lambda *x: selective_scan(*x, delta_softplus=True), leaves)
-    assert torch.autograd.gradgradcheck(lambda *x: selective_scan(*x, delta_softplus=True), leaves)
+    assert torch.autograd.gradgradcheck(lambda *x: selective_scan(*x, delta_softplus=True), leaves, fast_mode=True)
 
 
-def test_extreme_steps_stay_finite():
+def test_extreme_steps_stay_finite(backend):
     inputs = make_inputs(1, 4, 1, 200)
     inputs['delta'] = torch.linspace(-100, 100, 200).expand(1, 4, 200).contiguous()
     inputs['A'] = -torch.tensor([[0.0], [1e-6], [1.0], [1e6]])
@@ -103,7 +104,7 @@ def test_extreme_steps_stay_finite():
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-def test_nan_stays_in_its_channel():
+def test_nan_stays_in_its_channel(backend):
     inputs = make_inputs(2, 3, 1, 50)
     inputs['u'][1, 2, 10] = float('nan')
     out = selective_scan(**inputs, delta_softplus=True)

@@ -16,7 +16,7 @@ def make_inputs(batch, dim, height, width, dtype=torch.float32):
 
 
 @pytest.mark.parametrize('name', ['map', 'one', 'thin', 'wide'])
-def test_equals_reference(goldens, name):
+def test_equals_reference(backend, goldens, name):
     names = ('h', *KERNELS, 'alpha')
     leaves = [goldens[f'fusion/{name}/in/{n}'].clone().requires_grad_() for n in names]
     out = state_fusion(leaves[0], leaves[1:4], leaves[4])
@@ -28,7 +28,7 @@ def test_equals_reference(goldens, name):
 
 @pytest.mark.parametrize('height, width', [(1, 1), (1, 9), (2, 3), (5, 5), (7, 16), (15, 30), (31, 11)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
-def test_forward_and_gradients_equal_dilated_convolutions(height, width, memory_format):
+def test_forward_and_gradients_equal_dilated_convolutions(backend, height, width, memory_format):
     inputs = make_inputs(2, 4, height, width)
     leaves = [t.clone().requires_grad_() for t in inputs]
     truth_leaves = [t.double().requires_grad_() for t in inputs]
@@ -45,10 +45,11 @@ def test_forward_and_gradients_equal_dilated_convolutions(height, width, memory_
 def test_float64_gradients():
     leaves = [t.requires_grad_() for t in make_inputs(1, 2, 4, 7, torch.float64)]
     assert torch.autograd.gradcheck(lambda h, *k: state_fusion(h, k[:3], k[3]), leaves)
+    assert torch.autograd.gradgradcheck(lambda h, *k: state_fusion(h, k[:3], k[3]), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_inputs_are_summed_in_float32(dtype):
+def test_half_precision_inputs_are_summed_in_float32(backend, dtype):
     h, *kernels, alpha = make_inputs(1, 3, 9, 8, dtype)
     out = state_fusion(h, kernels, alpha)
     assert out.dtype == torch.float32

@@ -30,7 +30,7 @@ def truth(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias):
 
 @pytest.mark.parametrize('height, width', [(1, 1), (1, 40), (40, 1), (6, 5), (17, 23)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
-def test_forward_and_gradients_equal_sequential(height, width, memory_format):
+def test_forward_and_gradients_equal_sequential(backend, height, width, memory_format):
     inputs = make_inputs(2, 3, height, width)
     leaves = [t.clone().requires_grad_() for t in inputs]
     u, delta = (t.contiguous(memory_format=memory_format) for t in leaves[:2])
@@ -51,11 +51,17 @@ def test_float64_gradients():
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.slow
+def test_float64_second_derivatives():
+    leaves = [t.requires_grad_() for t in make_inputs(1, 1, 2, 3, torch.float64)]
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
 # The output is rounded once to the input's dtype; everything before is float32.
 @pytest.mark.parametrize(
     'dtype, bound', [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=['bfloat16', 'float16']
 )
-def test_half_precision_has_a_float32_state(dtype, bound):
+def test_half_precision_has_a_float32_state(backend, dtype, bound):
     inputs = make_inputs(2, 3, 9, 8, dtype)
     out = run(*inputs)
     assert out.dtype == dtype
@@ -63,7 +69,7 @@ def test_half_precision_has_a_float32_state(dtype, bound):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_changes_nothing_inside(dtype):
+def test_autocast_changes_nothing_inside(backend, dtype):
     leaves = [t.requires_grad_() for t in make_inputs(2, 3, 9, 8)]
     expected = run(*leaves)
     expected.sum().backward()

@@ -44,9 +44,7 @@ class ConvLayer(nn.Sequential):
     ) -> None:
         super().__init__()
         conv = PointwiseConv if kernel_size == 1 else nn.Conv2d
-        self.conv = conv(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
-        )
+        self.conv = conv(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         if norm_cfg is not None:
             # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.
             from mmcv.cnn import build_norm_layer

@@ -1,0 +1,186 @@
+import re
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmspatialmamba import ops
+from mmspatialmamba.ops.flops import multiply_adds
+
+FlopAnalyzer = pytest.importorskip('mmengine.analysis').FlopAnalyzer
+models = pytest.importorskip('mmspatialmamba.models')
+ROOT = Path(__file__).parents[2]
+GET_FLOPS = 'tools/analysis_tools/get_flops.py'
+REGISTERED = [
+    name
+    for name in ('torch', 'triton', 'native')
+    if hasattr(getattr(torch.ops, f'mmspatialmamba_{name}'), 'state_fusion')
+]
+# A model on Triton's interpreter would take hours.
+ON_CPU = [name for name in ops.available_backends() if name != 'triton']
+SMALL_ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1))
+
+
+def run_python(*arguments, **options):
+    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def counted(function, *tensors):
+    with FlopCounterMode(display=False) as forward:
+        out = function(*tensors)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def leaves(*shapes):
+    return [torch.rand(shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize('backend', REGISTERED)
+class TestTorchCounter:
+    """Two operations a multiply-add, on tensors without data, so that nothing is run."""
+
+    @pytest.fixture(autouse=True)
+    def without_data(self):
+        with FakeTensorMode():
+            yield
+
+    def test_selective_scan(self, backend):
+        scan = getattr(torch.ops, f'mmspatialmamba_{backend}').selective_scan
+        tensors = leaves((2, 3, 11), (2, 3, 11), (3, 4), (2, 4, 11))
+        elements = 2 * 3 * 4 * 11
+        assert counted(lambda *t: scan(*t, None, True), *tensors) == (2 * 7 * elements, 2 * 14 * elements)
+
+    def test_state_fusion(self, backend):
+        fusion = getattr(torch.ops, f'mmspatialmamba_{backend}').state_fusion
+        tensors = leaves((2, 3, 5, 7), (3, 1, 3, 3), (3, 1, 3, 3), (3, 1, 3, 3), (3,))
+        elements = 2 * 3 * 5 * 7
+        assert counted(fusion, *tensors) == (2 * 27 * elements, 2 * 54 * elements)
+
+    def test_structure_aware_scan(self, backend):
+        scan = getattr(torch.ops, f'mmspatialmamba_{backend}').structure_aware_scan
+        image, kernel = (2, 3, 5, 7), (3, 1, 3, 3)
+        tensors = leaves(image, image, (3, 1), (2, 1, 5, 7), (2, 1, 5, 7), (3,), kernel, kernel, kernel, (3,), (3,))
+        elements = 2 * 3 * 5 * 7
+        assert counted(lambda *t: scan(*t, True), *tensors) == (2 * 36 * elements, 2 * (34 + 72) * elements)
+
+
+@pytest.mark.parametrize('backend', ON_CPU)
+def test_torch_and_mmengine_count_a_backbone_alike(backend):
+    model = models.SpatialMamba(arch=SMALL_ARCH).eval()
+    image = torch.rand(1, 3, 64, 64)
+    with ops.use_backend(backend):
+        by_operator = FlopAnalyzer(model, image).by_operator()
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    inner, pixels = [32, 64, 128, 256], [16**2, 8**2, 4**2, 2**2]
+    assert by_operator['structure_aware_scan'] == 36 * sum(c * p for c, p in zip(inner, pixels))
+    products = sum(by_operator[name] for name in ('conv', 'linear', 'structure_aware_scan'))
+    assert counter.get_total_flops() == 2 * products
+    with ops.use_backend('torch'):
+        assert by_operator == FlopAnalyzer(model, image).by_operator()
+
+
+@pytest.mark.parametrize('backend', ON_CPU)
+def test_unfused_ops_are_counted_in_a_trace(backend):
+    class Unfused(torch.nn.Module):
+        def forward(self, u, A, B, kernel, alpha):
+            h = ops.selective_scan(u, u, A, B)
+            return ops.state_fusion(h[:, :, 0].view(2, 3, 5, 7), (kernel, kernel, kernel), alpha)
+
+    tensors = torch.rand(2, 3, 35), -torch.rand(3, 1), torch.rand(2, 1, 35), torch.rand(3, 1, 3, 3), torch.rand(3)
+    with ops.use_backend(backend):
+        by_operator = FlopAnalyzer(Unfused(), tensors).by_operator()
+    assert by_operator == {'selective_scan': 7 * 210, 'state_fusion': 27 * 210}
+
+
+def test_formula_of_an_unknown_op():
+    with pytest.raises(KeyError, match='softmax'):
+        multiply_adds('softmax', 1)
+
+
+@pytest.mark.parametrize('backend', ON_CPU)
+@pytest.mark.parametrize(
+    'arch, giga, parameters',
+    [('tiny', '4.47', 26_748_862), ('small', '7.12', 43_074_280), ('base', '15.80', 95_745_592)],
+    ids=['tiny', 'small', 'base'],
+)
+def test_classifiers_have_the_published_figures(backend, arch, giga, parameters):
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(ROOT / f'configs/classification/spatialmamba-{arch}_8xb128_in1k.py')
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build({**cfg.model, 'data_preprocessor': cfg.data_preprocessor}).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    with ops.use_backend(backend):
+        total = FlopAnalyzer(model, torch.rand(1, 3, 224, 224)).total()
+    assert f'{total / 1e9:.2f}' == giga
+
+
+FVCORE = """
+import sys, torch, mmspatialmamba.ops
+print({'torch.utils.flop_counter', 'triton', 'fvcore'} & set(sys.modules))
+sys.path.append(sys.argv[1])
+from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS as handles
+graph, _ = torch.jit._get_trace_graph(
+    lambda h, k, a: mmspatialmamba.ops.state_fusion(h, (k, k, k), a),
+    (torch.rand(2, 3, 5, 7), torch.rand(3, 1, 3, 3), torch.rand(3)),
+)
+print([handles[n.kind()](list(n.inputs()), list(n.outputs())) for n in graph.nodes() if n.kind() in handles])
+"""
+
+
+def test_fvcore_is_told_when_imported_and_nothing_is_imported_for_it(tmp_path):
+    (tmp_path / 'fvcore' / 'nn').mkdir(parents=True)
+    (tmp_path / 'fvcore' / 'nn' / 'flop_count.py').write_text('_DEFAULT_SUPPORTED_OPS = {}\n')
+    assert run_python('-c', FVCORE, tmp_path, cwd=ROOT).splitlines() == ['set()', str([Counter(state_fusion=27 * 210)])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'config, shape, giga',
+    [
+        ('detection/mask-rcnn_spatialmamba-tiny_fpn_1x_coco.py', (800, 1280), 261),
+        ('segmentation/spatialmamba-tiny_upernet_8xb2-160k_ade20k-512x512.py', (512, 2048), 936),
+    ],
+    ids=['detector', 'segmentor'],
+)
+def test_get_flops_of_the_libraries(config, shape, giga):
+    out = run_python(GET_FLOPS, f'configs/{config}', '--shape', *shape, cwd=ROOT)
+    assert f'Input shape: {shape}' in out
+    assert float(re.search(r'Flops: ([\d.]+)T', out)[1]) * 1000 == pytest.approx(giga, rel=0.02)
+
+
+@pytest.mark.slow
+def test_get_flops_of_mmpretrain_needs_nothing_of_ours(tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        "custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)\n"
+        "model = dict(type='ImageClassifier', backbone=dict(type='SpatialMamba', out_indices=(3,),\n"
+        f'    arch={SMALL_ARCH}), neck=dict(type="GlobalAveragePooling"))\n'
+    )
+    script = Path(sys.modules['mmpretrain'].__file__).parent / '.mim' / GET_FLOPS
+    out = run_python(script, config, '--shape', 64, 64)
+    assert 'mixer' in out and 'Flops:' in out
+    model = models.SpatialMamba(arch=SMALL_ARCH, out_indices=(3,)).eval()
+    total = FlopAnalyzer(model, torch.rand(1, 3, 64, 64)).total()
+    pooled = 128 * 2 * 2
+    assert f'Flops: {(total + pooled) / 1e6:.3f}M' in out
+
+
+def test_get_flops_names_the_mistake(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['get_flops.py', 'nowhere.py', '--shape', '64', '64'])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / GET_FLOPS), run_name='__main__')
+    assert stop.value.code == 2
+    assert 'get_flops.py: there is no config file nowhere.py' in capsys.readouterr().err
