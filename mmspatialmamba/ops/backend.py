@@ -130,8 +130,7 @@ def _log_choice(name: str, device: str) -> None:
 
 
 def _choose(*tensors: torch.Tensor) -> str:
-    """The backend of the next call: that of ``use_backend``, else of ``MMSPATIALMAMBA_BACKEND``, else the preferred one for
-    these inputs.
+    """The backend of the next call: ``use_backend``'s, else ``MMSPATIALMAMBA_BACKEND``'s, else the preferred one.
 
     Raises:
         ValueError: If a backend was asked for that cannot run on these inputs.

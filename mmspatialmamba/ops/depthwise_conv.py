@@ -9,7 +9,7 @@ _FINISHES = ('none', 'silu', 'residual')
 
 
 def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, finish: str = 'none') -> torch.Tensor:
-    """Depthwise 3x3 convolution of stride 1 with zero padding, and what follows it in a block (Spatial-Mamba, figure 3).
+    """Depthwise 3x3 convolution of stride 1, zero-padded, and what follows it in a block (Spatial-Mamba, figure 3).
 
     On the CPU the native backend does it in one pass over memory, whatever the strides of ``x``; elsewhere, and with
     the other backends, it is PyTorch's convolution.

@@ -2,7 +2,7 @@
 
 The three backends have the same ops, in a namespace each: ``mmspatialmamba_torch``, ``mmspatialmamba_triton`` and
 ``mmspatialmamba_native``. The first two's kernels are Python functions; the third's are compiled, and define their
-schemas themselves (csrc/extension.cpp). An op of autocast's lists is none of them: they take mixed dtypes as they come.
+schemas themselves (csrc/extension.cpp). Autocast casts none of their inputs: they take mixed dtypes as they come.
 """
 
 from __future__ import annotations
@@ -81,6 +81,26 @@ CPU_FAKES = {
 }
 
 
+def _save(ctx, inputs, *more: torch.Tensor) -> None:
+    """Keep an op's arguments, and more tensors, for the backward pass."""
+    ctx.is_tensor = [isinstance(t, torch.Tensor) for t in inputs]
+    ctx.constants = [None if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, inputs)]
+    ctx.save_for_backward(*(t for t, is_tensor in zip(inputs, ctx.is_tensor) if is_tensor), *more)
+
+
+def _restore(ctx) -> tuple[list, list[torch.Tensor]]:
+    """What ``_save`` kept."""
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.constants)]
+    return inputs, list(saved)
+
+
+def _for_arguments(ctx, gradients) -> tuple:
+    """The gradients of the tensors among an op's arguments, with None for the others."""
+    gradients = iter(gradients)
+    return tuple(next(gradients) if is_tensor else None for is_tensor in ctx.is_tensor)
+
+
 def _register_autograd(namespace: str, op: str) -> None:
     """Differentiate ``op`` by its backward op, and that, for second derivatives, by the truth.
 
@@ -89,48 +109,32 @@ def _register_autograd(namespace: str, op: str) -> None:
     keeps_output = op == 'selective_scan'
 
     def setup_context(ctx, inputs, output):
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-        ctx.save_for_backward(*tensors, *([output] if keeps_output else []))
-        ctx.layout = [None if isinstance(t, torch.Tensor) else t for t in inputs]
-        ctx.is_tensor = [isinstance(t, torch.Tensor) for t in inputs]
-
-    def restore(ctx):
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.layout)]
-        return inputs, list(saved)
-
-    def pad(ctx, gradients):
-        """None for each argument that is no tensor."""
-        gradients = iter(gradients)
-        return tuple(next(gradients) if is_tensor else None for is_tensor in ctx.is_tensor)
+        _save(ctx, inputs, *([output] if keeps_output else []))
 
     def backward(ctx, grad):
-        inputs, output = restore(ctx)
+        inputs, output = _restore(ctx)
         backward_op = getattr(getattr(torch.ops, namespace), f'{op}_backward')
-        return pad(ctx, backward_op(grad, *output, *inputs))
+        return _for_arguments(ctx, backward_op(grad, *output, *inputs))
 
-    def setup_second(ctx, inputs, output):
-        setup_inputs = [inputs[0], *inputs[2:]] if keeps_output else list(inputs)
-        ctx.save_for_backward(*[t for t in setup_inputs if isinstance(t, torch.Tensor)])
-        ctx.layout = [None if isinstance(t, torch.Tensor) else t for t in setup_inputs]
-        ctx.is_tensor = [isinstance(t, torch.Tensor) for t in setup_inputs]
+    def setup_second_context(ctx, inputs, output):
+        _save(ctx, [inputs[0], *inputs[2:]] if keeps_output else inputs)
 
     def second_backward(ctx, *grads):
-        (grad, *inputs), _ = restore(ctx)
-        function = getattr(torch_backend, op)
+        (grad, *inputs), _ = _restore(ctx)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in (grad, *inputs)]
             tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
-            first = torch.autograd.grad(function(*leaves[1:]), tensors[1:], leaves[0], create_graph=True)
+            output = getattr(torch_backend, op)(*leaves[1:])
+            first = torch.autograd.grad(output, tensors[1:], leaves[0], create_graph=True)
             chosen = [(f, g) for f, g in zip(first, grads) if g is not None and f.requires_grad]
             second = torch.autograd.grad(
                 [f for f, _ in chosen], tensors, [g for _, g in chosen], allow_unused=True, materialize_grads=True
             )
-        second = pad(ctx, second)
+        second = _for_arguments(ctx, second)
         return (second[0], None, *second[1:]) if keeps_output else second
 
     torch.library.register_autograd(f'{namespace}::{op}', backward, setup_context=setup_context)
-    torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second)
+    torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second_context)
 
 
 def missing(backend: str) -> list[str]:
