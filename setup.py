@@ -25,8 +25,8 @@ CUDA_ARCHITECTURES = '8.0;9.0+PTX'
 CPU_KERNELS = [f'csrc/cpu/{path.name}' for path in sorted(ROOT.glob('csrc/cpu/*.cpp')) if path.name != 'ops.cpp']
 INSTRUCTION_SETS = {
     'baseline': [],
-    'avx2': ['-mavx2', '-mfma', '-mf16c'],
-    'avx512': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma', '-mf16c'],
+    'avx2': ['-mavx2', '-mfma'],
+    'avx512': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma'],
 }
 
 

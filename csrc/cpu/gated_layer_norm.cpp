@@ -33,10 +33,10 @@ const float* read(const Matrix& matrix, int64_t row, int64_t dim, float* staging
     if (dim % kLanes == 0) return source;
     memcpy(staging, source, dim * sizeof(float));
   } else if (matrix.type == Type::kBFloat16) {
-    const uint16_t* source = static_cast<const uint16_t*>(matrix.data) + offset;
+    const BFloat16* source = static_cast<const BFloat16*>(matrix.data) + offset;
     for (int64_t c = 0; c < dim; ++c) staging[c] = to_float(source[c]);
   } else {
-    const _Float16* source = static_cast<const _Float16*>(matrix.data) + offset;
+    const Half* source = static_cast<const Half*>(matrix.data) + offset;
     for (int64_t c = 0; c < dim; ++c) staging[c] = to_float(source[c]);
   }
   for (int64_t c = dim; c % kLanes; ++c) staging[c] = 0.f;
@@ -53,11 +53,11 @@ void written(const Matrix& matrix, int64_t row, int64_t dim, const float* stagin
   if (matrix.type == Type::kFloat) {
     if (dim % kLanes) memcpy(static_cast<float*>(matrix.data) + offset, staging, dim * sizeof(float));
   } else if (matrix.type == Type::kBFloat16) {
-    uint16_t* target = static_cast<uint16_t*>(matrix.data) + offset;
-    for (int64_t c = 0; c < dim; ++c) target[c] = from_float<uint16_t>(staging[c]);
+    BFloat16* target = static_cast<BFloat16*>(matrix.data) + offset;
+    for (int64_t c = 0; c < dim; ++c) target[c] = from_float<BFloat16>(staging[c]);
   } else {
-    _Float16* target = static_cast<_Float16*>(matrix.data) + offset;
-    for (int64_t c = 0; c < dim; ++c) target[c] = from_float<_Float16>(staging[c]);
+    Half* target = static_cast<Half*>(matrix.data) + offset;
+    for (int64_t c = 0; c < dim; ++c) target[c] = from_float<Half>(staging[c]);
   }
 }
 

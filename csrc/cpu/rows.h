@@ -16,29 +16,58 @@ static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : 
 static ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static ALWAYS_INLINE int64_t clamp(int64_t x, int64_t high) { return smaller(larger(x, 0), high); }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+static ALWAYS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 static ALWAYS_INLINE float to_float(float x) { return x; }
 
-static ALWAYS_INLINE float to_float(uint16_t x) {
-  const uint32_t wide = static_cast<uint32_t>(x) << 16;
-  float result;
-  memcpy(&result, &wide, sizeof(result));
-  return result;
+static ALWAYS_INLINE float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// float16 has 5 bits of exponent, of bias 15: moved to their place in a float they lack a factor of 2^112.
+static ALWAYS_INLINE float to_float(Half x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  return bit_cast<float>(sign | finite | ((x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u));
 }
 
-static ALWAYS_INLINE float to_float(_Float16 x) { return static_cast<float>(x); }
-
+// To the nearest, ties to even.
 template <class T>
-static ALWAYS_INLINE T from_float(float x) {
-  return static_cast<T>(x);
+static ALWAYS_INLINE T from_float(float x);
+
+template <>
+ALWAYS_INLINE float from_float<float>(float x) {
+  return x;
 }
 
-// bfloat16, to the nearest, ties to even.
 template <>
-ALWAYS_INLINE uint16_t from_float<uint16_t>(float x) {
-  uint32_t wide;
-  memcpy(&wide, &x, sizeof(wide));
+ALWAYS_INLINE BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t wide = bit_cast<uint32_t>(x);
   const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  return {static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
+template <>
+ALWAYS_INLINE Half from_float<Half>(float x) {
+  const uint32_t wide = bit_cast<uint32_t>(x), sign = (wide >> 16) & 0x8000u, magnitude = wide & 0x7fffffffu;
+  // From 2^16 on it is infinite or NaN; below 2^-14 the addition of 0.5 rounds to what float16 can hold.
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t rounded = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
+  return {static_cast<uint16_t>(sign | rounded)};
 }
 
 // Pixel x's channels start at data + x * stride.
@@ -97,8 +126,8 @@ class Rows {
     if (direct_) return place(offset);
     switch (map_.type) {
       case Type::kFloat: gather(at<float>(offset), map_, channels_, width_, staging_); break;
-      case Type::kBFloat16: gather(at<uint16_t>(offset), map_, channels_, width_, staging_); break;
-      case Type::kHalf: gather(at<_Float16>(offset), map_, channels_, width_, staging_); break;
+      case Type::kBFloat16: gather(at<BFloat16>(offset), map_, channels_, width_, staging_); break;
+      case Type::kHalf: gather(at<Half>(offset), map_, channels_, width_, staging_); break;
     }
     return {staging_, kBlock};
   }
@@ -114,8 +143,8 @@ class Rows {
     const int64_t offset = origin_ + row * map_.row;
     switch (map_.type) {
       case Type::kFloat: scatter(staging_, map_, channels_, width_, at<float>(offset)); break;
-      case Type::kBFloat16: scatter(staging_, map_, channels_, width_, at<uint16_t>(offset)); break;
-      case Type::kHalf: scatter(staging_, map_, channels_, width_, at<_Float16>(offset)); break;
+      case Type::kBFloat16: scatter(staging_, map_, channels_, width_, at<BFloat16>(offset)); break;
+      case Type::kHalf: scatter(staging_, map_, channels_, width_, at<Half>(offset)); break;
     }
   }
 
