@@ -503,7 +503,7 @@ def install_this(env: Environment) -> None:
             ['--verbose', '--no-deps', '--no-build-isolation', '--editable', REPO],
             'read the error above; it is about this checkout.',
         )
-        said = re.findall('mmspatialmamba: (.*)', log.read_text(encoding='utf-8', errors='replace'))
+        said = re.findall(r'(?m)^\s*mmspatialmamba: (.*)', log.read_text(encoding='utf-8', errors='replace'))
         for line in dict.fromkeys(said):
             print(f'setup:   {line}', flush=True)
         if not library.exists():
