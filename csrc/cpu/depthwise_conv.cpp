@@ -18,13 +18,6 @@ static ALWAYS_INLINE void conv_meetings(int64_t r, int64_t height, const float* 
   }
 }
 
-// Copies a row behind its left padding; the padding itself is zero already.
-void fill(const Row& source, int64_t width, float* target) {
-  for (int64_t x = 0; x < width; ++x) {
-    memcpy(target + (kReach + x) * kBlock, source.at(x).data, kBlock * sizeof(float));
-  }
-}
-
 }  // namespace
 
 void depthwise_conv(const ConvArgs& args, const Map& y, int64_t batch, int64_t block, int64_t first, int64_t last,
@@ -42,7 +35,7 @@ void depthwise_conv(const ConvArgs& args, const Map& y, int64_t batch, int64_t b
   for (int i = 0; i < kRing; ++i) pad_with_zeros(row(i), width);
 
   for (int64_t r = larger(first - 1, 0); r <= last; ++r) {
-    if (r < height) fill(x.read(r), width, row(r));
+    if (r < height) copy_row(x.read(r), width, row(r));
     const int64_t q = r - 1;
     if (q < first) continue;
     const float* sources[kConvLines] = {row(q - 1), row(q), row(q + 1)};
@@ -93,7 +86,7 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
   }
 
   for (int64_t entering = 0; entering < height + 2; ++entering) {
-    if (entering < height) fill(x.read(entering), width, input_row(entering));
+    if (entering < height) copy_row(x.read(entering), width, input_row(entering));
     const int64_t r = entering - 1;
     Meeting meetings[kConvLines];
     int count;
@@ -112,7 +105,7 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
           }
         });
       } else {
-        fill(incoming, width, grad_row(r));
+        copy_row(incoming, width, grad_row(r));
       }
       Vec total[kVecs] = {};
       for (int64_t i = 0; i < width; ++i) {

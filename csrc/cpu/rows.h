@@ -180,6 +180,13 @@ static ALWAYS_INLINE void add(const Vec* values, float* sums) {
   for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + values[v]);
 }
 
+// Copies a row behind the left padding of a padded one.
+static inline void copy_row(const Row& source, int64_t width, float* target) {
+  for (int64_t x = 0; x < width; ++x) {
+    memcpy(target + (kReach + x) * kBlock, source.at(x).data, kBlock * sizeof(float));
+  }
+}
+
 static inline void pad_with_edges(float* row, int64_t width) {
   for (int i = 0; i < kReach; ++i) {
     memcpy(row + i * kBlock, row + kReach * kBlock, kBlock * sizeof(float));

@@ -15,10 +15,7 @@ void fusion(const FusionArgs& args, const Map& g, int64_t batch, int64_t block, 
 
   for (int64_t r = 0; r < height + kReach; ++r) {
     if (r < height) {
-      const Row state = h.read(r);
-      for (int64_t x = 0; x < width; ++x) {
-        memcpy(row(r) + (kReach + x) * kBlock, state.data + x * state.stride, kBlock * sizeof(float));
-      }
+      copy_row(h.read(r), width, row(r));
       pad_with_edges(row(r), width);
     }
     const int64_t q = r - kReach;
@@ -47,19 +44,14 @@ void fusion_backward(const FusionArgs& args, const Map& grad, const Map& grad_h,
   const Rows out(grad_h, batch, block, args.dim, width, staging + 2 * width * kBlock);
   const auto state_row = [&](int64_t r) { return states + r % kWindow * padded(width); };
   const auto grad_row = [&](int64_t r) { return grads + r % kWindow * padded(width); };
-  const auto copy = [&](const Row& source, float* target) {
-    for (int64_t x = 0; x < width; ++x) {
-      memcpy(target + (kReach + x) * kBlock, source.data + x * source.stride, kBlock * sizeof(float));
-    }
-  };
 
   alignas(64) float grad_taps[kTaps * kBlock] = {}, mirrored[kTaps * kBlock];
   mirror_lines(weights, mirrored);
   for (int64_t r = 0; r < height + kReach; ++r) {
     if (r < height) {
-      copy(h.read(r), state_row(r));
+      copy_row(h.read(r), width, state_row(r));
       pad_with_edges(state_row(r), width);
-      copy(g.read(r), grad_row(r));
+      copy_row(g.read(r), width, grad_row(r));
       pad_with_zeros(grad_row(r), width);
     }
     const int64_t q = r - kReach;
