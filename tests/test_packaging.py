@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).resolve().parents[1]
 INSTALLED_PATH = """
 import warnings
@@ -89,7 +91,6 @@ def test_unpacked_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):
     assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.slow
 def test_mmengine_finds_an_installed_wheel(wheel, tmp_path):
     target = tmp_path / 'target'
     pip = ('-m', 'pip', 'install', '--no-deps', '--no-index', '--target', target, wheel)
@@ -99,7 +100,6 @@ def test_mmengine_finds_an_installed_wheel(wheel, tmp_path):
     assert sorted(p.name for p in (found / '.mim').iterdir()) == ['configs', 'model-index.yml', 'tools']
 
 
-@pytest.mark.slow
 def test_mmengine_finds_an_editable_checkout_from_any_folder(checkout, tmp_path):
     venv.create(tmp_path / 'env', symlinks=True)
     (site_packages,) = (tmp_path / 'env').glob('lib/python*/site-packages')

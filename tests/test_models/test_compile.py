@@ -56,6 +56,7 @@ def check_compiled(model, sizes, compiler, rtol):
     assert compiler == 'inductor' or compilations[1] == compilations[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CPU_BACKENDS)
 def test_compiled_mixer_equals_eager(name):
     torch.manual_seed(0)

@@ -108,14 +108,11 @@ def test_formula_of_an_unknown_op():
         multiply_adds('softmax', 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ON_CPU)
 @pytest.mark.parametrize(
     'arch, giga, parameters',
-    [
-        ('tiny', '4.47', 26_748_862),
-        pytest.param('small', '7.12', 43_074_280, marks=pytest.mark.slow),
-        pytest.param('base', '15.80', 95_745_592, marks=pytest.mark.slow),
-    ],
+    [('tiny', '4.47', 26_748_862), ('small', '7.12', 43_074_280), ('base', '15.80', 95_745_592)],
     ids=['tiny', 'small', 'base'],
 )
 def test_classifiers_have_the_published_figures(backend, arch, giga, parameters):

@@ -327,6 +327,7 @@ def cpu_environment(**env: object) -> dict[str, str]:
     return {**kept, **{key: str(value) for key, value in env.items()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('task', ['train', 'test'])
 def test_scripts_fail_in_one_line_from_any_directory(tmp_path, task):
     result = run_script(sys.executable, TOOLS / f'{task}.py', 'missing.py', cwd=tmp_path)
