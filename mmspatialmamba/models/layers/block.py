@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from mmspatialmamba.ops import depthwise_conv
 
 from .mixer import StructureAwareSSM
+from .precision import Linear
 
 
 class MLP(nn.Module):
@@ -19,9 +20,9 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, ratio: int = 4) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, channels * ratio)
+        self.fc1 = Linear(channels, channels * ratio)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(channels * ratio, channels)
+        self.fc2 = Linear(channels * ratio, channels)
         for layer in (self.fc1, self.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

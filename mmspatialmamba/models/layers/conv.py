@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .precision import Conv2d, in_fast_precision
+
 
 class PointwiseConv(nn.Conv2d):
     """A 1x1 convolution as a matrix product over channels, which takes channels-last maps as they are.
@@ -12,7 +14,8 @@ class PointwiseConv(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        return in_fast_precision(F.linear, x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ConvLayer(nn.Sequential):
@@ -43,7 +46,7 @@ class ConvLayer(nn.Sequential):
         act: bool = True,
     ) -> None:
         super().__init__()
-        conv = PointwiseConv if kernel_size == 1 else nn.Conv2d
+        conv = PointwiseConv if kernel_size == 1 else Conv2d
         self.conv = conv(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         if norm_cfg is not None:
             # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.

@@ -7,6 +7,8 @@ from torch import nn
 
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
 
+from .precision import Linear
+
 
 class StructureAwareSSM(nn.Module):
     """Structure-aware state-space mixer (Spatial-Mamba, section 3.3), state size 1.
@@ -19,17 +21,17 @@ class StructureAwareSSM(nn.Module):
         super().__init__()
         inner = channels * 2
         self.dt_rank = math.ceil(channels / 16)
-        self.in_proj = nn.Linear(channels, inner * 2, bias=False)
+        self.in_proj = Linear(channels, inner * 2, bias=False)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner, bias=False)
+        self.x_proj = Linear(inner, self.dt_rank + 2, bias=False)
+        self.dt_proj = Linear(self.dt_rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.zeros(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.fusion_kernels = nn.ParameterList(torch.ones(inner, 1, 3, 3) for _ in range(3))
         self.fusion_alpha = nn.Parameter(torch.ones(3))
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.out_proj = Linear(inner, channels, bias=False)
         self._reset_parameters()
 
     @torch.no_grad()

@@ -1,0 +1,57 @@
+"""Linear layers and convolutions that stay fast in bfloat16 and float16 on processors without such instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def _slow_dtypes() -> tuple[torch.dtype, ...]:
+    """Dtypes whose products PyTorch computes on this processor several times slower than float32's."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return tuple(dtype for dtype, is_supported in supported.items() if not is_supported())
+
+
+_SLOW_DTYPES = _slow_dtypes() if torch.backends.mkldnn.is_available() else (torch.bfloat16, torch.float16)
+
+
+def in_fast_precision(function: Callable, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+    """Apply a product, in float32 where the processor has no instructions for its dtype.
+
+    Args:
+        function (Callable): Takes ``x`` and ``parameters``.
+        x (Tensor): The input.
+        *parameters (Tensor, optional): Weight and bias.
+
+    Returns:
+        Tensor: The result, of the dtype that ``function`` would return: autocast's, else x's.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if device != 'cpu' or dtype not in _SLOW_DTYPES:
+        return function(x, *parameters)
+    with torch.autocast(device, enabled=False):
+        promoted = (None if parameter is None else parameter.float() for parameter in parameters)
+        return function(x.float(), *promoted).to(dtype)
+
+
+class Linear(nn.Linear):
+    """:class:`torch.nn.Linear`, through :func:`in_fast_precision`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return in_fast_precision(F.linear, x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d`, through :func:`in_fast_precision`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, in_channels, height, width) to (batch, out_channels, ...)."""
+        return in_fast_precision(self._conv_forward, x, self.weight, self.bias)
