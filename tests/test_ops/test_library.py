@@ -75,6 +75,30 @@ def test_opcheck_of_backward(backend, op, kind):
     torch.library.opcheck(backward_op, [torch.ones_like(output), *saved, *inputs])
 
 
+def elementwise_inputs(op: str, kind: str) -> list:
+    """Arguments of an op that the CPU's compiled backend alone has."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.bfloat16 if kind == 'bfloat16' else torch.float32
+    maps = [sample_map(kind, generator).to(half) for _ in range(2)]
+    if op == 'depthwise_conv':
+        weight = torch.randn(DIM, 1, 3, 3, generator=generator)
+        return [maps[0], weight, torch.randn(DIM, generator=generator), 'silu' if kind == 'slice' else 'residual']
+    norm = (torch.randn(DIM, generator=generator) for _ in range(2))
+    return [*(m.permute(0, 2, 3, 1) for m in maps), *norm, 1e-5]
+
+
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='the ops are not compiled: there was no g++')
+@pytest.mark.parametrize('kind', ['plain', 'slice', pytest.param('bfloat16', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('op', ['depthwise_conv', 'gated_layer_norm'])
+def test_opcheck_of_elementwise_ops(op, kind):
+    namespace = torch.ops.mmspatialmamba_native
+    inputs = elementwise_inputs(op, kind)
+    output = getattr(namespace, op)(*inputs)
+    torch.library.opcheck(getattr(namespace, f'{op}_backward').default, [torch.ones_like(output), *inputs])
+    leaves = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in inputs]
+    torch.library.opcheck(getattr(namespace, op).default, leaves)
+
+
 def test_gradients_under_a_dispatch_mode(backend):
     """A kernel may not use torch.func: such a mode, a FLOP counter for instance, switches it off."""
 
