@@ -26,4 +26,6 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def(
       "gated_layer_norm_backward(Tensor grad, Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps) -> (Tensor, "
       "Tensor, Tensor, Tensor)");
+  m.def("biased_gelu(Tensor x, Tensor bias) -> Tensor");
+  m.def("biased_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 }

@@ -78,6 +78,12 @@ struct NormArgs {
   float eps;
 };
 
+struct GeluArgs {
+  int64_t rows, dim;
+  Matrix x;
+  const float* bias;  // (dim), with zeros up to vectors(dim)
+};
+
 // `dim` floats in whole vectors of any instruction set.
 inline int64_t vectors(int64_t dim) { return (dim + 15) / 16 * 16; }
 
@@ -107,6 +113,10 @@ struct Kernels {
   // sums: (2, dim), of weight and bias
   void (*gated_layer_norm_backward)(const NormArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& grad_gate,
                                     float* sums, int64_t first, int64_t last, float* scratch);
+  void (*biased_gelu)(const GeluArgs&, const Matrix& out, int64_t first, int64_t last, float* scratch);
+  // sums: (dim), of the bias
+  void (*biased_gelu_backward)(const GeluArgs&, const Matrix& grad, const Matrix& grad_x, float* sums, int64_t first,
+                               int64_t last, float* scratch);
 };
 
 inline int64_t blocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }
@@ -124,6 +134,8 @@ inline int64_t depthwise_conv(int64_t width) { return rows(3, width + 10) + rows
 inline int64_t depthwise_conv_backward(int64_t width) { return rows(8, width + 10) + rows(3, width); }
 inline int64_t gated_layer_norm(int64_t dim) { return 3 * vectors(dim); }
 inline int64_t gated_layer_norm_backward(int64_t dim) { return 7 * vectors(dim); }
+inline int64_t biased_gelu(int64_t dim) { return 2 * vectors(dim); }
+inline int64_t biased_gelu_backward(int64_t dim) { return 4 * vectors(dim); }
 }  // namespace scratch
 
 }  // namespace mmspatialmamba

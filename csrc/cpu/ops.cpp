@@ -27,6 +27,7 @@ extern const Kernels table;
 
 namespace {
 
+using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -288,8 +289,8 @@ Tensors3 depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, co
   return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
 }
 
-Matrix matrix_of(const char* name, const at::Tensor& t) {
-  const Map map = map_of("gated_layer_norm", name, t.dim() == 3 ? t : t.unsqueeze(0));
+Matrix matrix_of(const char* op, const char* name, const at::Tensor& t) {
+  const Map map = map_of(op, name, t.dim() == 3 ? t : t.unsqueeze(0));
   return {map.data, map.type, t.stride(-2)};
 }
 
@@ -299,28 +300,32 @@ at::Tensor as_matrix(const at::Tensor& t) {
   return flat.stride(1) == 1 ? flat : flat.contiguous();
 }
 
+// A vector as floats, with zeros up to whole vectors.
+at::Tensor padded(const at::Tensor& t) {
+  return at::constant_pad_nd(t.to(at::kFloat), {0, vectors(t.size(0)) - t.size(0)}).contiguous();
+}
+
 struct Norm {
+  static constexpr const char* kOp = "gated_layer_norm";
   at::Tensor x, gate, weight, bias;
   NormArgs args;
 
   Norm(const at::Tensor& x_, const at::Tensor& gate_, const at::Tensor& weight_, const at::Tensor& bias_, double eps)
       : x(as_matrix(x_)), gate(as_matrix(gate_)), weight(padded(weight_)), bias(padded(bias_)) {
-    args = {x.size(0), x.size(1), matrix_of("x", x), matrix_of("gate", gate), weight.const_data_ptr<float>(),
+    args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), matrix_of(kOp, "gate", gate), weight.const_data_ptr<float>(),
             bias.const_data_ptr<float>(), static_cast<float>(eps)};
-  }
-
-  static at::Tensor padded(const at::Tensor& t) {
-    return at::constant_pad_nd(t.to(at::kFloat), {0, vectors(t.size(0)) - t.size(0)}).contiguous();
   }
 };
 
-constexpr int64_t kNormRows = 64;  // of a task
+constexpr int64_t kTaskRows = 64;
+
+int64_t row_tasks(int64_t rows) { return (rows + kTaskRows - 1) / kTaskRows; }
 
 // Runs task(number, first row, behind the last row, scratch).
 template <class Task>
 void parallel_rows(int64_t rows, int64_t scratch, const Task& task) {
-  parallel((rows + kNormRows - 1) / kNormRows, 1, scratch, [&](int64_t number, int64_t, float* memory) {
-    task(number, number * kNormRows, std::min((number + 1) * kNormRows, rows), memory);
+  parallel(row_tasks(rows), 1, scratch, [&](int64_t number, int64_t, float* memory) {
+    task(number, number * kTaskRows, std::min((number + 1) * kTaskRows, rows), memory);
   });
 }
 
@@ -329,7 +334,7 @@ at::Tensor gated_layer_norm(const at::Tensor& x, const at::Tensor& gate, const a
   const Norm norm(x, gate, weight, bias, eps);
   at::Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) return y;
-  const Matrix out = matrix_of("y", y.view({norm.args.rows, norm.args.dim}));
+  const Matrix out = matrix_of(Norm::kOp, "y", y.view({norm.args.rows, norm.args.dim}));
   parallel_rows(norm.args.rows, scratch::gated_layer_norm(norm.args.dim),
                 [&](int64_t, int64_t first, int64_t last, float* memory) {
                   kernels().gated_layer_norm(norm.args, out, first, last, memory);
@@ -343,10 +348,11 @@ Tensors4 gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, 
   const int64_t rows = norm.args.rows, dim = norm.args.dim;
   const at::Tensor grads = as_matrix(grad);
   at::Tensor grad_x = at::empty(x.sizes(), x.options()), grad_gate = at::empty(gate.sizes(), gate.options());
-  at::Tensor sums = at::zeros({(rows + kNormRows - 1) / kNormRows, 2, dim}, x.options().dtype(at::kFloat));
+  at::Tensor sums = at::zeros({row_tasks(rows), 2, dim}, x.options().dtype(at::kFloat));
   if (x.numel() > 0) {
-    const Matrix in = matrix_of("the gradient", grads), to_x = matrix_of("x", grad_x.view({rows, dim})),
-                 to_gate = matrix_of("gate", grad_gate.view({rows, dim}));
+    const Matrix in = matrix_of(Norm::kOp, "the gradient", grads),
+                 to_x = matrix_of(Norm::kOp, "x", grad_x.view({rows, dim})),
+                 to_gate = matrix_of(Norm::kOp, "gate", grad_gate.view({rows, dim}));
     float* partial = sums.mutable_data_ptr<float>();
     parallel_rows(rows, scratch::gated_layer_norm_backward(dim),
                   [&](int64_t number, int64_t first, int64_t last, float* memory) {
@@ -356,6 +362,46 @@ Tensors4 gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, 
   }
   sums = sums.sum(0);
   return {grad_x, grad_gate, as(sums.select(0, 0), weight), as(sums.select(0, 1), bias)};
+}
+
+struct Gelu {
+  static constexpr const char* kOp = "biased_gelu";
+  at::Tensor x, bias;
+  GeluArgs args;
+
+  Gelu(const at::Tensor& x_, const at::Tensor& bias_) : x(as_matrix(x_)), bias(padded(bias_)) {
+    args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), bias.const_data_ptr<float>()};
+  }
+};
+
+at::Tensor biased_gelu(const at::Tensor& x, const at::Tensor& bias) {
+  const Gelu gelu(x, bias);
+  const int64_t rows = gelu.args.rows, dim = gelu.args.dim;
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const Matrix out = matrix_of(Gelu::kOp, "y", y.view({rows, dim}));
+  parallel_rows(rows, scratch::biased_gelu(dim), [&](int64_t, int64_t first, int64_t last, float* memory) {
+    kernels().biased_gelu(gelu.args, out, first, last, memory);
+  });
+  return y;
+}
+
+Tensors2 biased_gelu_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& bias) {
+  const Gelu gelu(x, bias);
+  const int64_t rows = gelu.args.rows, dim = gelu.args.dim;
+  const at::Tensor grads = as_matrix(grad);
+  at::Tensor grad_x = at::empty(x.sizes(), x.options());
+  at::Tensor sums = at::zeros({row_tasks(rows), dim}, x.options().dtype(at::kFloat));
+  if (x.numel() > 0) {
+    const Matrix in = matrix_of(Gelu::kOp, "the gradient", grads),
+                 to_x = matrix_of(Gelu::kOp, "x", grad_x.view({rows, dim}));
+    float* partial = sums.mutable_data_ptr<float>();
+    parallel_rows(rows, scratch::biased_gelu_backward(dim),
+                  [&](int64_t number, int64_t first, int64_t last, float* memory) {
+                    kernels().biased_gelu_backward(gelu.args, in, to_x, partial + number * dim, first, last, memory);
+                  });
+  }
+  return {grad_x, as(sums.sum(0), bias)};
 }
 
 }  // namespace
@@ -376,4 +422,6 @@ TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("depthwise_conv_backward", mmspatialmamba::depthwise_conv_backward);
   m.impl("gated_layer_norm", mmspatialmamba::gated_layer_norm);
   m.impl("gated_layer_norm_backward", mmspatialmamba::gated_layer_norm_backward);
+  m.impl("biased_gelu", mmspatialmamba::biased_gelu);
+  m.impl("biased_gelu_backward", mmspatialmamba::biased_gelu_backward);
 }

@@ -16,6 +16,8 @@ void depthwise_conv_backward(const ConvArgs&, const Map&, const Map&, float*, in
 void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
 void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                                float*);
+void biased_gelu(const GeluArgs&, const Matrix&, int64_t, int64_t, float*);
+void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, float*, int64_t, int64_t, float*);
 
 extern const Kernels table;
 #define NAME_OF(x) #x
@@ -30,7 +32,9 @@ const Kernels table{NAME(ISA),
                     depthwise_conv,
                     depthwise_conv_backward,
                     gated_layer_norm,
-                    gated_layer_norm_backward};
+                    gated_layer_norm_backward,
+                    biased_gelu,
+                    biased_gelu_backward};
 
 }  // namespace ISA
 }  // namespace mmspatialmamba

@@ -233,6 +233,10 @@ def gated_layer_norm(x, gate, weight, bias, eps):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * F.silu(gate)
 
 
+def biased_gelu(x, bias):
+    return F.gelu(x + bias)
+
+
 def _opaque(function: Callable, dense_like_first: bool) -> Callable:
     """Make a kernel of a function: a fresh tensor, in the memory format of the first argument where asked for."""
 

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmspatialmamba.ops import depthwise_conv
+from mmspatialmamba.ops import depthwise_conv, linear_gelu
 
 from .mixer import StructureAwareSSM
-from .precision import Linear
+from .precision import Linear, in_fast_precision
 
 
 class MLP(nn.Module):
@@ -21,14 +21,13 @@ class MLP(nn.Module):
     def __init__(self, channels: int, ratio: int = 4) -> None:
         super().__init__()
         self.fc1 = Linear(channels, channels * ratio)
-        self.act = nn.GELU()
         self.fc2 = Linear(channels * ratio, channels)
         for layer in (self.fc1, self.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(in_fast_precision(linear_gelu, x, self.fc1.weight, self.fc1.bias))
 
 
 class SpatialMambaBlock(nn.Module):
