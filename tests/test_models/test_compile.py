@@ -51,9 +51,7 @@ def check_compiled(model, sizes, compiler, rtol):
             # A bias before a normalisation has no gradient but rounding errors.
             torch.testing.assert_close(value, expected, rtol=rtol, atol=1e-6 + rtol * expected.abs().max().item())
         compilations.append(counter.frame_count)
-    assert compilations[0] > 0
-    # Inductor 2.14 fixes the image size itself, where it lowers the backward pass of PyTorch's convolutions.
-    assert compiler == 'inductor' or compilations[1] == compilations[0]
+    assert compilations[0] > 0 and len(set(compilations)) == 1
 
 
 @pytest.mark.slow
@@ -72,7 +70,9 @@ def test_compiled_mixer_equals_eager(name):
 def test_compiled_backbone_equals_eager(compiler, stages, rtol, name):
     # Without this setting inductor 2.14 cannot order the symbolic strides of a permuted map kept for the backward pass.
     with ops.use_backend(name), torch._inductor.config.patch(strict_output_strides=True):
-        check_compiled(small_backbone(stages), SIZES, compiler, rtol)
+        # Inductor 2.14 fixes the image size itself, where it lowers the backward pass of PyTorch's convolutions, so a
+        # second size would only take the same time again.
+        check_compiled(small_backbone(stages), SIZES[:1] if compiler == 'inductor' else SIZES, compiler, rtol)
 
 
 def test_compiled_code_heeds_use_backend(monkeypatch):
