@@ -9,8 +9,6 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
-from mmspatialmamba.models.utils import from_upstream
-
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = {path.stem: path for path in sorted(CONFIGS.glob('*/*.py'))}
 PUBLISHED = {stem: path for stem, path in FILES.items() if path.parent.name != 'demo'}
@@ -131,39 +129,6 @@ def test_trains_a_step_and_predicts(path):
     assert not torch.equal(model.backbone.stages[0][0].mixer.in_proj.weight, before)
     predictions = model.eval().test_step(make_batch(cfg, size))
     assert len(predictions) == 2
-
-
-def decays(cfg, model):
-    """Weight decay of each of the backbone's parameters."""
-    cfg.optim_wrapper.type = 'OptimWrapper'
-    cfg.optim_wrapper.pop('loss_scale', None)
-    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    by_parameter = {
-        id(parameter): group['weight_decay'] for group in wrapper.param_groups for parameter in group['params']
-    }
-    return {name: by_parameter[id(parameter)] for name, parameter in model.backbone.named_parameters()}
-
-
-@pytest.mark.parametrize('stem', [stem for stem in PUBLISHED if 'spatialmamba-tiny' in stem])
-def test_weight_decay_follows_the_upstream_names(keys, stem):
-    cfg = load(PUBLISHED[stem])
-    with torch.device('meta'):
-        model = build_model(cfg)
-    buffers = {name for name, _ in model.backbone.named_buffers()}
-    if cfg.default_scope == 'mmpretrain':
-        decay, names = 0.05, [(n, s) for n, s in keys['tiny_classifier'] if not n.startswith('head.')]
-        last_stage = 3
-    else:
-        decay, names = (0.05 if cfg.default_scope == 'mmdet' else 0.01), keys['tiny_backbone']
-        last_stage = None
-    expected = {}
-    for name, shape in names:
-        ours = from_upstream(name, last_stage)
-        if ours not in buffers:
-            decayed = len(shape) > 1 if cfg.default_scope == 'mmpretrain' else 'norm' not in name
-            expected[ours] = decay if decayed else 0.0
-    assert decays(cfg, model) == expected
-    assert 0.0 in expected.values() and decay in expected.values()
 
 
 @pytest.mark.slow

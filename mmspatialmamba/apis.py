@@ -1,0 +1,98 @@
+"""Make this package's models known by name to mmpretrain, mmdet and mmseg, whichever of them are installed.
+
+After ``import mmspatialmamba.apis``, the names of the config files, without ``.py``, are taken by mmpretrain's
+``list_models``, ``get_model`` and ``inference_model``, by mmdet's ``DetInferencer`` and by mmseg's ``MMSegInferencer``.
+mmpretrain keeps its list of models in a class, so it is imported here: this is why ``import mmspatialmamba`` alone,
+which imports none of the three, does not do it. mmdet and mmseg read their metafiles through a function of mmengine's
+``BaseInferencer``, which is replaced by one that adds this package's models to what it gives for these two.
+
+No weights in this package's format are published. Asking for a model's own weights (``pretrained=True``, which is
+``inference_model``'s default, or an inferencer without ``weights``) is an error that says where to get them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from mmengine.fileio import load
+from mmengine.infer import BaseInferencer
+from mmengine.runner import CheckpointLoader
+
+_PACKAGE = Path(__file__).parent
+_ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
+_FOLDERS = {'mmpretrain': 'classification', 'mmdet': 'detection', 'mmseg': 'segmentation'}
+_TASKS = {'classification': 'cls', 'detection': 'det', 'segmentation': 'seg'}
+_SCHEME = 'mmspatialmamba://'
+_models_of_libraries = BaseInferencer._get_models_from_metafile
+
+
+def _metafile(folder: str) -> Path:
+    return _ROOT / 'configs' / folder / 'metafile.yml'
+
+
+def _models(folder: str) -> Iterator[dict]:
+    """Read a metafile's models.
+
+    Args:
+        folder (str): The folder in ``configs``.
+
+    Yields:
+        dict: An entry of the metafile, with the absolute path of its config, and with weights.
+    """
+    for model in load(_metafile(folder))['Models']:
+        weights = model.get('Weights', f'{_SCHEME}{folder}/{model["Name"]}')
+        yield {**model, 'Config': str(_ROOT / model['Config']), 'Weights': weights}
+
+
+def _get_models_from_metafile(dir: str) -> Iterator[dict]:
+    """Read the models of a library: this package's, then its own.
+
+    Args:
+        dir (str): The folder that holds the library's ``model-index.yml``.
+
+    Yields:
+        dict: An entry of a metafile.
+    """
+    for library in ('mmdet', 'mmseg'):
+        if library in sys.modules and BaseInferencer._get_repo_or_mim_dir(library) == dir:
+            yield from _models(_FOLDERS[library])
+    yield from _models_of_libraries(dir)
+
+
+def load_from_metafile(filename: str, map_location: str | None = None) -> None:
+    """Say how to get the weights of a model that has none to download.
+
+    Args:
+        filename (str): The model, as ``mmspatialmamba://FOLDER/NAME``.
+        map_location (str, optional): Not used. Defaults to None.
+
+    Raises:
+        FileNotFoundError: Always.
+    """
+    folder, name = filename[len(_SCHEME) :].split('/')
+    (model,) = (model for model in _models(folder) if model['Name'] == name)
+    way = 'train it'
+    if 'Converted From' in model:
+        way = (
+            f"download the original release's file from {model['Converted From']['Weights']} and convert it with "
+            f'tools/model_converters/upstream_to_mmspatialmamba.py SRC DST --task {_TASKS[folder]}'
+        )
+    argument = 'pretrained' if folder == 'classification' else 'weights'
+    raise FileNotFoundError(f'{name} has no weights to download: {way}, then pass {argument}=FILE')
+
+
+def _register_in_mmpretrain() -> None:
+    from mmpretrain.apis.model import ModelHub
+
+    ModelHub.register_model_index(_metafile('classification'), config_prefix=_ROOT)
+    for model in _models('classification'):
+        ModelHub._models_dict[model['Name'].lower()].weights = model['Weights']
+
+
+CheckpointLoader.register_scheme(prefixes=_SCHEME, loader=load_from_metafile)
+BaseInferencer._get_models_from_metafile = staticmethod(_get_models_from_metafile)
+if find_spec('mmpretrain') is not None:
+    _register_in_mmpretrain()
