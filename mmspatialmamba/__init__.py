@@ -6,10 +6,12 @@ if find_spec('mmengine') is not None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     from . import models  # noqa: F401
+    from .checkpoint import register_checkpoint_loaders
     from .engine.safe_globals import allow_training_checkpoints
 
     # mmengine resolves `_base_ = 'mmspatialmamba::...'` only for the packages in this table.
     MODULE2PACKAGE.setdefault('mmspatialmamba', 'mmspatialmamba')
     allow_training_checkpoints()
+    register_checkpoint_loaders()
 
 __all__ = ['__version__']

@@ -31,10 +31,13 @@ CONFIGS = {
 }
 METRICS = (
     ('classification', 'test', 'accuracy/top1', 'top-1', 1),
+    ('classification', 'test-tta', 'accuracy/top1', 'top-1, TTA', 1),
     ('detection', 'test', 'coco/bbox_mAP', 'box AP', 100),
+    ('detection', 'test-tta', 'coco/bbox_mAP', 'box AP, TTA', 100),
     ('detection', 'test', 'coco/segm_mAP', 'mask AP', 100),
-    ('segmentation', 'test', 'mIoU', 'mIoU ss', 1),
-    ('segmentation', 'test-tta', 'mIoU', 'mIoU ms', 1),
+    ('detection', 'test-tta', 'coco/segm_mAP', 'mask AP, TTA', 100),
+    ('segmentation', 'test', 'mIoU', 'mIoU', 1),
+    ('segmentation', 'test-tta', 'mIoU', 'mIoU, TTA', 1),
 )
 
 
@@ -194,8 +197,10 @@ def main() -> None:
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:
         tests = [
             pool.submit(test, 'detection', detector, 'test', '--show-dir', 'painted'),
+            pool.submit(test, 'detection', detector, 'test-tta', '--tta'),
             pool.submit(test, 'segmentation', segmenter, 'test', '--show-dir', painted('segmentation')),
             pool.submit(test, 'segmentation', segmenter, 'test-tta', '--tta'),
+            pool.submit(test, 'classification', classifier, 'test-tta', '--tta'),
             pool.submit(
                 test, 'classification', classifier, 'test', '--show-dir', painted('classification'), '--interval', '20'
             ),

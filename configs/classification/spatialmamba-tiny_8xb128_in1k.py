@@ -39,3 +39,4 @@ param_scheduler = [
 ]
 ema_hook = dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')
 custom_hooks = [ema_hook, dict(type='MESAHook', loss_weight=1.0)]
+default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook'), load_audit=dict(type='LoadAuditHook'))

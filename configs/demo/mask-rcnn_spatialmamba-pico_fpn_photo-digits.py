@@ -3,6 +3,7 @@ _base_ = [
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/schedules/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',
+    '../detection/_base_/coco_instance_tta.py',
 ]
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
@@ -50,6 +51,19 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
     ),
 ]
+tta_model = dict(tta_cfg=dict(max_per_img=20))
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(s, s), keep_ratio=True) for s in (96, 120)],
+            [dict(type='RandomFlip', prob=0.0)],
+            [dict(type='LoadAnnotations', with_bbox=True, with_mask=True)],
+            [dict(type='PackDetInputs')],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
@@ -76,6 +90,11 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=60),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1), visualization=dict(score_thr=0.5))
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(type='ResumableCheckpointHook', max_keep_ckpts=1),
+    load_audit=dict(type='LoadAuditHook'),
+    visualization=dict(score_thr=0.5),
+)
 visualizer = dict(line_width=1)
 randomness = dict(seed=0)

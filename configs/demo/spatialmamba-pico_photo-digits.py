@@ -21,6 +21,17 @@ model = dict(
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+# A mirrored digit is another sign, but a negative of it is the same digit.
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Invert', prob=0.0), dict(type='Invert', prob=1.0)],
+            [dict(type='PackInputs')],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,
@@ -62,6 +73,9 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1), visualization=dict(rescale_factor=6.0)
+    logger=dict(interval=20),
+    checkpoint=dict(type='ResumableCheckpointHook', max_keep_ckpts=1),
+    load_audit=dict(type='LoadAuditHook'),
+    visualization=dict(rescale_factor=6.0),
 )
 randomness = dict(seed=0)

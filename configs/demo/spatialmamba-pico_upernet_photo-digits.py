@@ -100,6 +100,9 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=1e-5, power=0.9, begin=40, end=320, by_epoch=False),
 ]
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(interval=160, max_keep_ckpts=1), visualization=dict(interval=10)
+    logger=dict(interval=20),
+    checkpoint=dict(type='ResumableCheckpointHook', interval=160, max_keep_ckpts=1),
+    load_audit=dict(type='LoadAuditHook'),
+    visualization=dict(interval=10),
 )
 randomness = dict(seed=0)

@@ -1,4 +1,4 @@
-_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
+_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', './_base_/coco_instance_tta.py']
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
 pretrained = None
@@ -13,3 +13,4 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
+default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook'), load_audit=dict(type='LoadAuditHook'))

@@ -1,4 +1,7 @@
+from .checkpoint_hook import ResumableCheckpointHook
 from .cpu_amp import CPUAmpOptimWrapper
+from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
+from .mesa_hook import MESAHook
 
-__all__ = ['CPUAmpOptimWrapper', 'MainProcessLoggerHook']
+__all__ = ['CPUAmpOptimWrapper', 'LoadAuditHook', 'MESAHook', 'MainProcessLoggerHook', 'ResumableCheckpointHook']

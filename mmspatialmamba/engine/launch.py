@@ -6,16 +6,23 @@ import importlib.util
 import os
 import re
 import runpy
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
 from yaml import YAMLError
+
+from mmspatialmamba.checkpoint import CheckpointError
+
+from .checkpoint_hook import CheckpointFileError
 
 PIP_NAMES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 USAGE = {
@@ -41,6 +48,10 @@ CONFIG_ERRORS = (
 
 class LaunchError(Exception):
     """A mistake of the caller's, told in one line."""
+
+
+class Interrupted(Exception):
+    """The script was stopped by a signal: its number."""
 
 
 def load_config(path: str) -> Config:
@@ -234,6 +245,55 @@ def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
     return ['--cfg-options', *options] if options else []
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Stop what runs inside at SIGINT, as Ctrl-C sends it, and SIGTERM, as torchrun and batch systems do.
+
+    Raises:
+        Interrupted: If one of them came, whatever became of it inside.
+    """
+    process, received = os.getpid(), []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        # The workers of a data loader are forked with this handler.
+        if os.getpid() == process:
+            received.append(signum)
+            # mmengine has bare excepts, which may swallow the interrupt: it is then repeated.
+            signal.alarm(3)
+        raise KeyboardInterrupt
+
+    signums = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, stop) for signum in signums}
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        if received:
+            raise Interrupted(received[0])
+
+
+def resume_advice(cfg: Config, args: Namespace) -> str:
+    """Say how to go on with a training that was interrupted.
+
+    Args:
+        cfg (Config): The config, with the caller's own overrides merged.
+        args (Namespace): What the library's script parsed.
+
+    Returns:
+        str: One line.
+    """
+    work_dir = getattr(args, 'work_dir', None) or cfg.get('work_dir') or Path('work_dirs', Path(cfg.filename).stem)
+    last = Path(work_dir, 'last_checkpoint')
+    if not last.is_file():
+        return f'no checkpoint was saved in {work_dir} yet: run the same command again to start anew'
+    return (
+        f'the last checkpoint is {last.read_text().strip()}: '
+        'to go on from it, run the same command with --resume (and no file after it)'
+    )
+
+
 def launch(task: str, argv: list[str]) -> None:
     """Run a library's own script in this process, with the same arguments.
 
@@ -243,6 +303,7 @@ def launch(task: str, argv: list[str]) -> None:
 
     Raises:
         LaunchError: If the arguments name something that is not there.
+        Interrupted: If the script was stopped by SIGINT, as Ctrl-C sends it, or SIGTERM.
     """
     if argv and argv[0] in ('-h', '--help'):
         print(
@@ -265,14 +326,21 @@ def launch(task: str, argv: list[str]) -> None:
     if task == 'test' and args.launcher != 'none':
         options = metrics_options(cfg)
         sys.argv += ['--cfg-options', *options] if options else []
-    if on_cpu and args.launcher != 'none':
-        sys.argv += start_cpu_process(cfg, args, task)
-        try:
-            runpy.run_path(script, run_name='__main__')
-        finally:
-            dist.destroy_process_group()
-    else:
-        runpy.run_path(script, run_name='__main__')
+    try:
+        with interruptible():
+            if on_cpu and args.launcher != 'none':
+                sys.argv += start_cpu_process(cfg, args, task)
+                try:
+                    runpy.run_path(script, run_name='__main__')
+                finally:
+                    dist.destroy_process_group()
+            else:
+                runpy.run_path(script, run_name='__main__')
+    except Interrupted as interrupt:
+        if int(os.environ.get('RANK', 0)) == 0:
+            advice = resume_advice(cfg, args) if task == 'train' else 'run the same command again'
+            print(f'{task}.py: stopped by {signal.Signals(interrupt.args[0]).name}; {advice}', file=sys.stderr)
+        raise
 
 
 def main(task: str) -> int:
@@ -282,11 +350,14 @@ def main(task: str) -> int:
         task (str): 'train' or 'test'.
 
     Returns:
-        int: The exit status: 0, or 2 after a mistake in the arguments.
+        int: The exit status: 0; 1 if a checkpoint could not be written or read; 2 after a mistake in the
+        arguments; 128 and the signal's number after Ctrl-C or SIGTERM.
     """
     try:
         launch(task, sys.argv[1:])
-    except LaunchError as error:
+    except (LaunchError, CheckpointError, CheckpointFileError) as error:
         print(f'{task}.py: {error}', file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, LaunchError) else 1
+    except Interrupted as interrupt:
+        return 128 + interrupt.args[0]
     return 0

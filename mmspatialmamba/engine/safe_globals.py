@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ def allow_training_checkpoints() -> None:
     statistics methods), NumPy scalars (the ETA; a best score, float32 from mmseg's mIoU) and the
     annealing function of a one-cycle schedule. Exactly these are added, under NumPy 1's and
     NumPy 2's module names; ``getattr``, by which pickle refers to a method, is replaced with a
-    look-up limited to those methods. Does nothing on torch older than 2.6, which loads them all.
+    look-up limited to those methods. The settings in the original release's checkpoints, a ``yacs``
+    ``CfgNode``, are read as a plain ``OrderedDict``. Does nothing on torch older than 2.6, which has no such list.
 
     Security: ``HistoryBuffer.__setstate__`` stores the callables it is given as statistics methods
     of the whole process, so a forged file can spoil logged statistics; but each of those callables
@@ -62,6 +64,7 @@ def allow_training_checkpoints() -> None:
             (reconstruct, 'numpy._core.multiarray._reconstruct'),
             (scalar, 'numpy.core.multiarray.scalar'),
             (scalar, 'numpy._core.multiarray.scalar'),
+            (OrderedDict, 'yacs.config.CfgNode'),
             np.ndarray,
             np.dtype,
             *(type(np.dtype(name)) for name in ('float32', 'float64', 'int64')),

@@ -43,7 +43,8 @@ class MM_SpatialMamba(SpatialMamba):
         dims (int): Number of channels of the first stage. Defaults to 64.
         depths (Sequence[int]): Number of blocks of each stage. Defaults to (2, 4, 8, 4).
         d_state (int): State size; only 1 exists. Defaults to 1.
-        pretrained (str, optional): File or URL of weights for the backbone. Defaults to None.
+        pretrained (str, optional): File or URL of weights for the backbone, as ``checkpoint`` in
+            :class:`SpatialMamba`'s ``init_cfg``. Defaults to None.
         **kwargs: Other arguments of :class:`SpatialMamba`, and the Swin Transformer's, which are dropped.
 
     Raises:

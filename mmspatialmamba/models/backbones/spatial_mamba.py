@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
+from mmengine.model.weight_init import update_init_info
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmspatialmamba.checkpoint import audit_backbone, read_backbone
+from mmspatialmamba.checkpoint.reader import SOURCE
 from mmspatialmamba.registry import register_model
 
 from ..layers import Downsample, SpatialMambaBlock, Stem
@@ -24,7 +28,7 @@ class SpatialMamba(BaseModule):
     <https://arxiv.org/abs/2410.15091>`_ (ICLR 2025).
 
     Each stage's output is normalised by a LayerNorm of its own. State dicts with the original release's names load as
-    they are: the backbone renames them while it loads.
+    they are: the backbone renames them while it loads. What is loaded from a file is audited (docs/checkpoints.md).
 
     Args:
         arch (str | dict): If a string, one of ``SpatialMamba.arch_settings``: 'tiny', 'small' or 'base'. If a dict, it
@@ -46,8 +50,19 @@ class SpatialMamba(BaseModule):
         with_cp (bool): Whether to recompute each block in the backward pass, which saves memory and costs time.
             Defaults to False.
         init_cfg (dict | list[dict], optional): Initialization config.
-            ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights; with ``checkpoint=None`` it is the same
-            as None: random weights. Defaults to None.
+            ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights, 'ema://FILE_OR_URL' the averaged ones;
+            with ``checkpoint=None`` it is the same as None: random weights. Beside ``checkpoint`` it may have these:
+
+            - prefix (str): Prefix of the backbone in the file. Default: the only one there is.
+            - map_location (str): As in :func:`torch.load`. Default: 'cpu'.
+            - max_missing (int): How many tensors may be missing from the file, of another shape or left over.
+              Default: 0.
+            - allow_nan (bool): Whether NaN and infinite weights are taken. Default: False.
+            - inflate_stem (bool): Whether the first convolution is fitted to another ``in_channels`` than the file's: 1
+              gets the sum of the file's kernels, more get them in turn, scaled so that the activations keep their
+              size. Default: False.
+
+            Defaults to None.
 
     Raises:
         ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist.
@@ -104,7 +119,7 @@ class SpatialMamba(BaseModule):
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
 
-        self._register_load_state_dict_pre_hook(self._rename_keys)
+        self._register_load_state_dict_pre_hook(self._prepare_to_load)
         self._freeze()
 
     @classmethod
@@ -133,8 +148,11 @@ class SpatialMamba(BaseModule):
             )
         return tuple(sorted({i % self.num_stages for i in indices}))
 
-    def _rename_keys(self, state_dict, prefix, *args):
-        """Rename the original release's keys, and strip 'backbone.' where a bare backbone loads a whole model's."""
+    def _prepare_to_load(self, state_dict, prefix, local_metadata, *args):
+        """Rename the original release's keys, strip 'backbone.' where a bare backbone loads a whole model's, and audit.
+
+        Only what mmengine has read from a file, which its metadata tells, is audited.
+        """
         if not prefix and not any(key.startswith(('stem.', 'patch_embed.')) for key in state_dict):
             for key in [key for key in state_dict if key.startswith('backbone.')]:
                 state_dict[key[len('backbone.') :]] = state_dict.pop(key)
@@ -144,6 +162,21 @@ class SpatialMamba(BaseModule):
             last_stage = last if self.out_indices == (last,) else None
             for name in names:
                 state_dict[prefix + from_upstream(name, last_stage)] = state_dict.pop(prefix + name)
+        if SOURCE in local_metadata:
+            self._audit(state_dict, prefix, local_metadata[SOURCE])
+
+    def _audit(self, state_dict, prefix, note):
+        """Refuse a file's weights that are not this backbone's; leave in ``state_dict`` what to load."""
+        inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not prefix:
+            # A whole model's file, of which a bare backbone takes its part.
+            inside = {key: value for key, value in inside.items() if key.startswith((*self._modules, 'norm'))}
+        options = "default_hooks=dict(load_audit=dict(type='LoadAuditHook'))"
+        report = audit_backbone(inside, self, note['file'], note['classifier'], options=options)
+        report.nonfinite = note['nonfinite']
+        report.check(0, False, options)
+        for name in report.fresh:
+            state_dict[prefix + name] = self.get_parameter(name)
 
     def _freeze(self):
         used = self.out_indices[-1] + 1
@@ -168,15 +201,44 @@ class SpatialMamba(BaseModule):
         return self
 
     def init_weights(self):
-        """Load the weights that ``init_cfg`` names, or say that there are none."""
-        if self.init_cfg is None:
+        """Load the weights that ``init_cfg`` names, or say that there are none.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or does not hold what it should. Nothing is changed then.
+            TypeError: If ``init_cfg`` has an unknown key.
+        """
+        configs = self.init_cfg or []
+        configs = [configs] if isinstance(configs, dict) else list(configs)
+        if not configs:
             print_log(
                 f'{type(self).__name__}: no pretrained weights are configured, so training starts from scratch. Set '
                 "the backbone's init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL) to start from weights.",
                 logger='current',
                 level=logging.WARNING,
             )
-        super().init_weights()
+        pretrained = [cfg for cfg in configs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        if pretrained and not self.is_init:
+            loaders = [self._make_loader(**{k: v for k, v in cfg.items() if k != 'type'}) for cfg in pretrained]
+            others = [cfg for cfg in configs if cfg not in pretrained]
+            configured, self.init_cfg = self.init_cfg, [*others, *(dict(type=loader) for loader in loaders)]
+            super().init_weights()
+            self.init_cfg = configured
+        else:
+            super().init_weights()
+
+    def _make_loader(self, checkpoint, **options):
+        """Read and audit a file; the result is what mmengine's ``initialize`` builds an initializer from."""
+        known = list(inspect.signature(read_backbone).parameters)[1:]
+        unknown = ', '.join(sorted(options.keys() - known))
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: init_cfg of type 'Pretrained' takes {known}, but has {unknown}")
+        report = read_backbone(self, checkpoint, **options)
+
+        def load(backbone):
+            backbone.load_state_dict(report.weights, strict=False)
+            update_init_info(backbone, init_info=f'PretrainedInit: load from {checkpoint}')
+
+        return lambda: load
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.

@@ -1,3 +1,3 @@
-from .upstream import from_upstream, is_upstream
+from .upstream import from_upstream, is_upstream, to_upstream
 
-__all__ = ['from_upstream', 'is_upstream']
+__all__ = ['from_upstream', 'is_upstream', 'to_upstream']

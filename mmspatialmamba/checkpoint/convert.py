@@ -1,0 +1,154 @@
+"""Checkpoints of the original release and of other wrappings, turned into mmengine's form."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+
+from mmspatialmamba.models.utils.upstream import from_upstream, is_upstream
+
+from .errors import CheckpointError
+
+# Tensors that every block of Spatial-Mamba has, and no other network.
+_FUSION = re.compile(
+    r'^(?P<prefix>.*\.)?(?:stages\.\d+\.\d+\.mixer\.fusion_|layers\.\d+\.blocks\.\d+\.self_attention\.state_fusion\.)'
+)
+_IN_BACKBONE = re.compile(r'^(?:stem|stages|downsamples|norm\d*|patch_embed|layers|outnorm\d+)\.')
+_STAGE = re.compile(r'^(?:stages|layers)\.(\d+)\.')
+_CLASSIFIER_PARTS = {'data_preprocessor', 'head', 'neck'}
+
+
+def find_backbones(names: Iterable[str]) -> list[str]:
+    """Find the Spatial-Mamba backbones among the names of a state dict, ours or the original release's.
+
+    Args:
+        names (Iterable[str]): Names of parameters and buffers.
+
+    Returns:
+        list[str]: The prefix of each backbone, such as 'backbone.'; '' where the names are a backbone's own.
+    """
+    matches = map(_FUSION.match, filter(lambda name: isinstance(name, str), names))
+    return sorted({match['prefix'] or '' for match in matches if match})
+
+
+def below(names: Iterable[str], prefix: str) -> list[str]:
+    """The names that start with ``prefix``, without it."""
+    return [name[len(prefix) :] for name in names if name.startswith(prefix)]
+
+
+def last_stage(names: Iterable[str]) -> int:
+    """Index of the last stage among a backbone's names; -1 where there is none."""
+    return max((int(match[1]) for match in map(_STAGE.match, names) if match), default=-1)
+
+
+def is_classifier(names: Iterable[str], prefix: str) -> bool:
+    """Whether a model or file is a classifier: no output norm but the last stage's, no heads but a classifier's.
+
+    Args:
+        names (Iterable[str]): Our names of its parameters and buffers.
+        prefix (str): The backbone's prefix.
+
+    Returns:
+        bool: Whether it is.
+    """
+    names = list(names)
+    backbone = below(names, prefix)
+    norms = {int(match[1]) for match in map(re.compile(r'norm(\d+)\.').match, backbone) if match}
+    others = {name.split('.')[0] for name in names if not name.startswith(prefix)}
+    return norms <= {last_stage(backbone)} and others <= _CLASSIFIER_PARTS
+
+
+def new_names(names: Iterable[str]) -> dict[str, str]:
+    """Our names for those of a state dict that holds a Spatial-Mamba backbone.
+
+    A bare backbone gets the prefix 'backbone.', the classifier's ``norm`` becomes the output norm of the file's last
+    stage, and upstream's ``head`` mmpretrain's ``head.fc``. The prefix 'module.', which wrappers for parallel training
+    add, is removed.
+
+    Args:
+        names (Iterable[str]): Names of parameters and buffers, ours or the original release's.
+
+    Returns:
+        dict[str, str]: Our name for each, in the same order.
+    """
+    new = {name: name[len('module.') :] if name.startswith('module.') else name for name in names}
+    for prefix in sorted(find_backbones(new.values()), key=len):
+        inside = below(new.values(), prefix)
+        upstream, last = is_upstream(inside), last_stage(inside)
+        for key, name in new.items():
+            short = name[len(prefix) :]
+            if not name.startswith(prefix):
+                continue
+            if _IN_BACKBONE.match(short):
+                new[key] = (prefix or 'backbone.') + (from_upstream(short, last) if upstream else short)
+            elif not prefix and upstream and short in ('head.weight', 'head.bias'):
+                new[key] = short.replace('head.', 'head.fc.')
+    return new
+
+
+def find_state(checkpoint: dict, source: str, average: bool = False) -> tuple[str | None, dict] | None:
+    """Find the weights in a checkpoint.
+
+    Args:
+        checkpoint (dict): As in :func:`to_mmengine`.
+        source (str): What error messages call it.
+        average (bool): As in :func:`to_mmengine`. Defaults to False.
+
+    Returns:
+        tuple[str | None, dict] | None: The state dict, after its key in the checkpoint (None where the checkpoint is
+        itself the state dict); or None if it holds no Spatial-Mamba backbone.
+
+    Raises:
+        CheckpointError: If there is no average to take.
+    """
+    key = next((key for key in ('state_dict', 'model') if isinstance(checkpoint.get(key), dict)), None)
+    state = checkpoint if key is None else checkpoint[key]
+    if not find_backbones(state):
+        return None
+    if average and key == 'model' and isinstance(checkpoint.get('model_ema'), dict):
+        state = checkpoint['model_ema']
+    elif average and (key != 'state_dict' or 'ema_state_dict' not in checkpoint):
+        raise CheckpointError(
+            f'{source} holds no averaged weights (keys: {", ".join(map(str, list(checkpoint)[:6]))}): '
+            'use the weights themselves, without ema:// or --ema'
+        )
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f'{source}: its weights hold {name!r}, a {type(value).__name__}, where only named tensors belong: '
+                'use another file'
+            )
+    return key, state
+
+
+def to_mmengine(checkpoint: dict, source: str = 'the checkpoint', average: bool = False) -> dict | None:
+    """Turn a checkpoint that holds a Spatial-Mamba backbone into mmengine's form, with our names.
+
+    Args:
+        checkpoint (dict): A classification checkpoint of the original release (``model``, ``model_ema``), one of
+            mmengine (``state_dict``) with our names or upstream's, or a bare state dict.
+        source (str): What error messages call it. Defaults to 'the checkpoint'.
+        average (bool): Whether to take the averaged weights: upstream's ``model_ema``, or the ``state_dict`` of a
+            training with mmengine's ``EMAHook``, which is where that hook stores them. Defaults to False.
+
+    Returns:
+        dict | None: ``state_dict``, ``meta`` and whatever else mmengine's checkpoint held; ``checkpoint`` itself if it
+        is in that form already; None if it holds no Spatial-Mamba backbone.
+
+    Raises:
+        CheckpointError: If there is no average to take.
+    """
+    found = find_state(checkpoint, source, average)
+    if found is None:
+        return None
+    key, state = found
+    names = new_names(state)
+    if key == 'state_dict' and all(name == new for name, new in names.items()):
+        return checkpoint
+    renamed = OrderedDict((names[name], value) for name, value in state.items())
+    if hasattr(state, '_metadata'):
+        renamed._metadata = state._metadata
+    return {**checkpoint, 'state_dict': renamed} if key == 'state_dict' else {'state_dict': renamed, 'meta': {}}

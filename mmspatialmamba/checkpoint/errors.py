@@ -1,0 +1,2 @@
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, told in one line."""

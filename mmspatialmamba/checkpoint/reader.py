@@ -1,0 +1,252 @@
+"""Reads checkpoints without unpickling anything but tensors and the allow-list of ``engine/safe_globals.py``."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pickle
+import re
+import struct
+import sys
+import tempfile
+import urllib.error
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import barrier, get_rank
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from .convert import find_backbones, is_classifier, to_mmengine
+from .errors import CheckpointError
+
+EMA = 'ema://'
+SOURCE = 'mmspatialmamba'
+# What torch.load raises, besides OSError, when a file is cut short, or isn't a checkpoint.
+_BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+_REFUSALS = (
+    re.compile(r'GLOBAL (?P<name>\S+) was not an allowed'),
+    re.compile(r'unrecognized function (?P<name>.+)'),
+    re.compile(r'[Cc]an only (?:create|build).*but got (?P<name>.+)'),
+    re.compile(r'Trying to load unsupported GLOBAL (?P<name>\S+)'),
+)
+
+
+def _one_line(error: BaseException) -> str:
+    """The part of an error's message that says what was wrong, in one line."""
+    text = str(error).split('WeightsUnpickler error: ')[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _load_safetensors(path: Path, map_location: object, source: str) -> dict:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f'{source} needs safetensors, which is not installed: pip install safetensors') from error
+    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f'{source} is cut short or not a safetensors file ({_one_line(error)}): get it again'
+        ) from error
+
+
+def _load_file(path: Path, map_location: object, source: str) -> dict:
+    """Read a local file, whose errors name ``source``."""
+    if path.is_dir():
+        raise CheckpointError(f'{source} is a directory: name a checkpoint file in it')
+    if not path.is_file():
+        raise CheckpointError(f'there is no checkpoint {source} (working directory: {Path.cwd()})')
+    if path.stat().st_size == 0:
+        raise CheckpointError(f'{source} is empty: get it again')
+    if path.suffix == '.safetensors':
+        return _load_safetensors(path, map_location, source)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f'cannot read {source}: {error.strerror or error}') from error
+    except _BROKEN as error:
+        refused = next(filter(None, (pattern.search(str(error)) for pattern in _REFUSALS)), None)
+        if refused:
+            raise CheckpointError(
+                f'{source} is refused: loading it would run {refused["name"]}, which is no part of weights; '
+                'get weights from someone you trust'
+            ) from error
+        raise CheckpointError(
+            f'{source} is cut short or not a PyTorch checkpoint ({_one_line(error)}): get it again'
+        ) from error
+    if not isinstance(checkpoint, dict) or not _has_tensor(checkpoint):
+        kind = 'a dict without tensors' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
+        raise CheckpointError(f'{source} holds {kind}, no weights: name a file that holds a dict of tensors')
+    return checkpoint
+
+
+def _has_tensor(value: object, depth: int = 4) -> bool:
+    """Whether a value is a tensor, or a dict with one, some dicts deep: a hostile dict may hold itself."""
+    if isinstance(value, dict) and depth > 0:
+        return any(_has_tensor(item, depth - 1) for item in value.values())
+    return isinstance(value, torch.Tensor)
+
+
+def _download(url: str, map_location: object, source: str) -> dict:
+    """Read a URL through torch.hub's cache, which gets the file only once it has been read."""
+    folder = Path(torch.hub.get_dir(), 'checkpoints')
+    cached = folder / (os.path.basename(urlparse(url).path) or 'index')
+    if cached.exists():
+        return _load_file(cached, map_location, f'{source} (cached as {cached}, delete that to download it again)')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            path = Path(partial, cached.name)
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+            checkpoint = _load_file(path, map_location, source)
+            os.replace(path, cached)
+    except urllib.error.HTTPError as error:
+        raise CheckpointError(f'cannot download {source}: HTTP {error.code} ({error.reason}): check the URL') from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, 'reason', None) or error
+        raise CheckpointError(
+            f'cannot download {source}: {_one_line(reason) if isinstance(reason, BaseException) else reason}: '
+            'check the URL and the network, or download it yourself and name the file'
+        ) from error
+    return checkpoint
+
+
+def fetch(filename: str, map_location: object, source: str) -> dict:
+    """Read a local file, or a URL, as it is. The first process alone fills the cache.
+
+    Args:
+        filename (str): A local path or an http(s) URL.
+        map_location (object): As in :func:`torch.load`.
+        source (str): What error messages call it.
+
+    Returns:
+        dict: What the file holds.
+
+    Raises:
+        CheckpointError: As :func:`read_checkpoint`.
+    """
+    if not filename.startswith(('http://', 'https://')):
+        return _load_file(Path(filename).expanduser(), map_location, source)
+    if get_rank() == 0:
+        try:
+            return _download(filename, map_location, source)
+        finally:
+            barrier()
+    barrier()
+    return _download(filename, map_location, source)
+
+
+def first_nonfinite(state: dict) -> str | None:
+    """Name of the first tensor of a state dict that holds NaN or infinity; None if none does."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            return name
+    return None
+
+
+def _sign(checkpoint: dict, source: str, ours: bool) -> dict:
+    """Note in a state dict's metadata, which reaches every module that loads it, which file it is from."""
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, dict):
+        return checkpoint
+    if not isinstance(state, OrderedDict):
+        # A plain dict has no room for metadata.
+        state = OrderedDict(state)
+        checkpoint = {**checkpoint, 'state_dict': state} if 'state_dict' in checkpoint else state
+    prefixes = find_backbones(state) if ours else []
+    note = {
+        'file': source,
+        'classifier': ours and is_classifier(state, prefixes[0]),
+        'nonfinite': first_nonfinite(state) if ours else None,
+    }
+    metadata = getattr(state, '_metadata', None)
+    entries = metadata.items() if isinstance(metadata, dict) else ()
+    metadata = OrderedDict((prefix, dict(entry)) for prefix, entry in entries if isinstance(entry, dict))
+    for entry in metadata.values():
+        entry.pop(SOURCE, None)
+    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in prefixes)}:
+        metadata.setdefault(prefix, {})[SOURCE] = note
+    state._metadata = metadata
+    return checkpoint
+
+
+def pop_note(state: dict) -> str | None:
+    """Remove from a state dict's metadata what :func:`read_checkpoint` noted there.
+
+    Args:
+        state (dict): The state dict.
+
+    Returns:
+        str | None: The name of the file it is from, if it was noted.
+    """
+    notes = [entry.pop(SOURCE, None) for entry in getattr(state, '_metadata', {}).values()]
+    return next((note['file'] for note in notes if note), None)
+
+
+def read_checkpoint(filename: str, map_location: str | torch.device | dict | Callable | None = None) -> dict:
+    """Read a checkpoint from a file or URL, unpickling nothing but tensors and a short allow-list.
+
+    A checkpoint with a Spatial-Mamba backbone is returned in mmengine's form and with our names, whichever of the
+    published forms it has. Of any other, dicts alone may become ``OrderedDict``.
+
+    Args:
+        filename (str): A local path or an http(s) URL, of a PyTorch file or (by its suffix) a ``.safetensors`` file.
+            With 'ema://' before it, the averaged weights are taken: upstream's ``model_ema`` instead of ``model``.
+        map_location (str | torch.device | dict | Callable, optional): As in :func:`torch.load`. Defaults to None.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        CheckpointError: If the file is not there, cut short, no checkpoint, or holds anything that is no part of
+            weights or of mmengine's training state; or if 'ema://' is given and it holds no average.
+    """
+    source = str(filename)
+    average = source.startswith(EMA)
+    checkpoint = fetch(source[len(EMA) :] if average else source, map_location, source)
+    converted = to_mmengine(checkpoint, source, average)
+    if converted is None and average:
+        raise CheckpointError(
+            f'{source}: ema:// is for checkpoints of Spatial-Mamba, and this holds none: leave it out'
+        )
+    return _sign(converted or checkpoint, source, ours=converted is not None)
+
+
+def load_from_local(filename: str, map_location: object = None) -> dict:
+    """What mmengine calls for local files; see :func:`read_checkpoint`."""
+    return read_checkpoint(filename, map_location)
+
+
+def load_from_http(filename: str, map_location: object = None) -> dict:
+    """What mmengine calls for URLs; see :func:`read_checkpoint`."""
+    return read_checkpoint(filename, map_location)
+
+
+def load_from_ema(filename: str, map_location: object = None) -> dict:
+    """What mmengine calls for ``ema://FILE_OR_URL``; see :func:`read_checkpoint`."""
+    return read_checkpoint(filename, map_location)
+
+
+def register_checkpoint_loaders() -> None:
+    """Let mmengine read local files, http(s) URLs and 'ema://' through :func:`read_checkpoint`."""
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
+    CheckpointLoader.register_scheme(EMA, load_from_ema, force=True)
