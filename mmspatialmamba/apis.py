@@ -6,8 +6,9 @@ mmpretrain keeps its list of models in a class, so it is imported here: this is 
 which imports none of the three, does not do it. mmdet and mmseg read their metafiles through a function of mmengine's
 ``BaseInferencer``, which is replaced by one that adds this package's models to what it gives for these two.
 
-No weights in this package's format are published. Asking for a model's own weights (``pretrained=True``, which is
-``inference_model``'s default, or an inferencer without ``weights``) is an error that says where to get them.
+Weights are published by the original release, without a URL for each file. Asking for a model's own weights
+(``pretrained=True``, which is ``inference_model``'s default, or an inferencer without ``weights``) is an error that
+says where to get them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from mmengine.runner import CheckpointLoader
 _PACKAGE = Path(__file__).parent
 _ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
 _FOLDERS = {'mmpretrain': 'classification', 'mmdet': 'detection', 'mmseg': 'segmentation'}
-_TASKS = {'classification': 'cls', 'detection': 'det', 'segmentation': 'seg'}
 _SCHEME = 'mmspatialmamba://'
 _models_of_libraries = BaseInferencer._get_models_from_metafile
 
@@ -76,10 +76,7 @@ def load_from_metafile(filename: str, map_location: str | None = None) -> None:
     (model,) = (model for model in _models(folder) if model['Name'] == name)
     way = 'train it'
     if 'Converted From' in model:
-        way = (
-            f"download the original release's file from {model['Converted From']['Weights']} and convert it with "
-            f'tools/model_converters/upstream_to_mmspatialmamba.py SRC DST --task {_TASKS[folder]}'
-        )
+        way = f"download the original release's file from {model['Converted From']['Weights']}"
     argument = 'pretrained' if folder == 'classification' else 'weights'
     raise FileNotFoundError(f'{name} has no weights to download: {way}, then pass {argument}=FILE')
 

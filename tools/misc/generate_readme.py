@@ -16,7 +16,7 @@ FOLDERS = {
         input='224x224',
         task='cls',
         note='The published classifiers were trained with MESA self-distillation.',
-        options='Files of classifiers hold two sets of weights; `--ema` takes the averaged ones.',
+        options='Files of classifiers hold two sets of weights; `ema://FILE`, or `--ema`, takes the averaged ones.',
         example="""from mmpretrain import get_model, inference_model, list_models
 
 print(list_models('*spatialmamba*'))
@@ -86,7 +86,8 @@ import mmspatialmamba.apis  # makes the names below known
 ## Published weights
 
 [The original release]({code_url}) lists its files in its README.
-Convert what you downloaded (SRC) to a file for the configs here (DST):
+They load as they are wherever FILE stands above, and [what was loaded is told](../../docs/checkpoints.md). To make
+a file of tensors alone (DST) of what you downloaded (SRC):
 
 ```bash
 python tools/model_converters/upstream_to_mmspatialmamba.py SRC DST --task {task}
