@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -13,8 +15,8 @@ import pytest
 class Trainer:
     """A server that trains in a new process for each request: trainer.py."""
 
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
+    def __init__(self, process: subprocess.Popen, reports: TextIO, log: Path) -> None:
+        self.process, self.reports, self.log = process, reports, log
 
     def train(
         self, on_event: Callable[[int, str], None] | None = None, **options: object
@@ -32,35 +34,49 @@ class Trainer:
         """
         self.process.stdin.write(json.dumps({key: _plain(value) for key, value in options.items()}) + '\n')
         self.process.stdin.flush()
-        pid, events, output = 0, [], ''
-        for line in self.process.stdout:
-            if not line.startswith('> '):
-                output += line
-                continue
-            event, *number = line.split()[1:]
+        pid, events, printed = 0, [], self.log.stat().st_size
+        for line in self.reports:
+            event, *number = line.split()
             if event == 'started':
                 pid = int(number[0])
             elif event == 'ended':
-                return int(number[0]), events, output
+                return int(number[0]), events, self.log.read_bytes()[printed:].decode()
             else:
                 events.append(event)
                 if on_event is not None:
                     on_event(pid, event)
-        raise AssertionError(output)
+        raise AssertionError(self.log.read_text())
 
 
 def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+@pytest.fixture(scope='session', autouse=True)
+def heed_interrupts():
+    """Undo what a shell does for a command in the background: it has SIGINT ignored, in processes it starts too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope='session')
-def trainer():
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name('trainer.py'))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
-    ) as process:
-        yield Trainer(process)
+def trainer(tmp_path_factory):
+    log = tmp_path_factory.mktemp('trainer') / 'log'
+    reading, writing = os.pipe()
+    with (
+        open(reading) as reports,
+        log.open('a') as printed,
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name('trainer.py')), str(writing)],
+            stdin=subprocess.PIPE,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            pass_fds=[writing],
+            text=True,
+            env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
+        ) as process,
+    ):
+        os.close(writing)
+        yield Trainer(process, reports, log)
+        process.stdin.close()
