@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# One thread for each of the processes that share the test files.
+PYTEST = OMP_NUM_THREADS=1 "$(PY)" -m pytest tests -q --durations=15 -n auto --maxprocesses=4 --dist=loadfile
 PY = $(shell $(PYTHON) tools/setup_env.py --print-python)
 
 .DEFAULT_GOAL := help
@@ -14,10 +16,10 @@ demo: setup  ## Train and test a classifier, a detector and a segmenter on the e
 	@"$(PY)" tools/demo.py
 
 test: setup  ## Run the whole test suite
-	@"$(PY)" -m pytest tests -q --durations=15
+	@$(PYTEST)
 
 test-fast: setup  ## Run the tests that take seconds
-	@"$(PY)" -m pytest tests -q --durations=15 -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 lint: setup  ## Check style and formatting of every tracked file
 	@PATH="$$(dirname "$(PY)"):$$PATH" "$(PY)" -m pre_commit run --all-files

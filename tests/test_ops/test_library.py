@@ -101,6 +101,23 @@ def test_opcheck_of_elementwise_ops(op, kind):
     torch.library.opcheck(getattr(namespace, op).default, leaves)
 
 
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='the ops are not compiled: there was no g++')
+@pytest.mark.parametrize('op', ['selective_scan', 'state_fusion', 'structure_aware_scan'])
+def test_threads_change_no_bit(op):
+    def results(threads):
+        torch.set_num_threads(threads)
+        leaves = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in sample_inputs(op, 'plain')]
+        output = getattr(torch.ops.mmspatialmamba_native, op)(*leaves)
+        return output, *torch.autograd.grad(output.square().sum(), [t for t in leaves if isinstance(t, torch.Tensor)])
+
+    before = torch.get_num_threads()
+    try:
+        alone, shared = results(1), results(3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared))
+
+
 def test_gradients_under_a_dispatch_mode(backend):
     """A kernel may not use torch.func: such a mode, a FLOP counter for instance, switches it off."""
 
