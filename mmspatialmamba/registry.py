@@ -7,7 +7,8 @@ found by its bare name from each of them, and through this scope as ``mmspatialm
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=ROOT_MODELS, scope='mmspatialmamba', locations=['mmspatialmamba.models'])
+SCOPE = 'mmspatialmamba'
+MODELS = Registry('model', parent=ROOT_MODELS, scope=SCOPE, locations=['mmspatialmamba.models'])
 
 
 def register_model(cls: type) -> type:

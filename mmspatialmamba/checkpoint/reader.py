@@ -19,11 +19,12 @@ import torch
 from mmengine.dist import barrier, get_rank
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from mmspatialmamba.registry import SCOPE
+
 from .convert import find_backbones, is_classifier, to_mmengine
 from .errors import CheckpointError
 
 EMA = 'ema://'
-SOURCE = 'mmspatialmamba'
 # What torch.load raises, besides OSError, when a file is cut short, or isn't a checkpoint.
 _BROKEN = (
     ArithmeticError,
@@ -181,9 +182,9 @@ def _sign(checkpoint: dict, source: str, ours: bool) -> dict:
     entries = metadata.items() if isinstance(metadata, dict) else ()
     metadata = OrderedDict((prefix, dict(entry)) for prefix, entry in entries if isinstance(entry, dict))
     for entry in metadata.values():
-        entry.pop(SOURCE, None)
+        entry.pop(SCOPE, None)
     for prefix in {'', 'backbone', *(prefix[:-1] for prefix in prefixes)}:
-        metadata.setdefault(prefix, {})[SOURCE] = note
+        metadata.setdefault(prefix, {})[SCOPE] = note
     state._metadata = metadata
     return checkpoint
 
@@ -197,7 +198,7 @@ def pop_note(state: dict) -> str | None:
     Returns:
         str | None: The name of the file it is from, if it was noted.
     """
-    notes = [entry.pop(SOURCE, None) for entry in getattr(state, '_metadata', {}).values()]
+    notes = [entry.pop(SCOPE, None) for entry in getattr(state, '_metadata', {}).values()]
     return next((note['file'] for note in notes if note), None)
 
 

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, PretrainedInit
-from mmengine.model.weight_init import update_init_info
+from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.checkpoint import audit_backbone, read_backbone
-from mmspatialmamba.checkpoint.reader import SOURCE
-from mmspatialmamba.registry import register_model
+from mmspatialmamba.registry import SCOPE, register_model
 
 from ..layers import Downsample, SpatialMambaBlock, Stem
 from ..utils import from_upstream, is_upstream
+
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 @register_model
@@ -162,11 +161,14 @@ class SpatialMamba(BaseModule):
             last_stage = last if self.out_indices == (last,) else None
             for name in names:
                 state_dict[prefix + from_upstream(name, last_stage)] = state_dict.pop(prefix + name)
-        if SOURCE in local_metadata:
-            self._audit(state_dict, prefix, local_metadata[SOURCE])
+        if SCOPE in local_metadata:
+            self._audit(state_dict, prefix, local_metadata[SCOPE])
 
     def _audit(self, state_dict, prefix, note):
         """Refuse a file's weights that are not this backbone's; leave in ``state_dict`` what to load."""
+        # Imported late: reading files needs much of mmengine, and building the backbone little.
+        from mmspatialmamba.checkpoint import audit_backbone
+
         inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not prefix:
             # A whole model's file, of which a bare backbone takes its part.
@@ -216,7 +218,7 @@ class SpatialMamba(BaseModule):
                 logger='current',
                 level=logging.WARNING,
             )
-        pretrained = [cfg for cfg in configs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        pretrained = [cfg for cfg in configs if getattr(cfg['type'], '__name__', cfg['type']) in _PRETRAINED]
         if pretrained and not self.is_init:
             loaders = [self._make_loader(**{k: v for k, v in cfg.items() if k != 'type'}) for cfg in pretrained]
             others = [cfg for cfg in configs if cfg not in pretrained]
@@ -228,6 +230,10 @@ class SpatialMamba(BaseModule):
 
     def _make_loader(self, checkpoint, **options):
         """Read and audit a file; the result is what mmengine's ``initialize`` builds an initializer from."""
+        from mmengine.model.weight_init import update_init_info
+
+        from mmspatialmamba.checkpoint import read_backbone
+
         known = list(inspect.signature(read_backbone).parameters)[1:]
         unknown = ', '.join(sorted(options.keys() - known))
         if unknown:
