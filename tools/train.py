@@ -4,7 +4,7 @@ import sys
 
 if __name__ == '__main__':
     try:
-        from mmspatialmamba.engine.launch import main
+        from mmspatialmamba.engine.launch import leave, main
     except ModuleNotFoundError as error:
         sys.exit(f'train.py: {error}: README.md says how to install mmspatialmamba and what it needs')
-    sys.exit(main('train'))
+    leave(main('train'))

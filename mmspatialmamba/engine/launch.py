@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import re
@@ -341,6 +342,23 @@ def launch(task: str, argv: list[str]) -> None:
             advice = resume_advice(cfg, args) if task == 'train' else 'run the same command again'
             print(f'{task}.py: stopped by {signal.Signals(interrupt.args[0]).name}; {advice}', file=sys.stderr)
         raise
+
+
+def leave(status: int) -> None:
+    """End the process.
+
+    Of several processes without a GPU, each ends once its exit functions have run: in what Python does after them, a
+    thread of gloo's may abort a process whose work is done.
+
+    Args:
+        status (int): The exit status.
+    """
+    if 'RANK' in os.environ and get_device() == 'cpu':
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(task: str) -> int:
