@@ -229,6 +229,24 @@ def audit(
     return report
 
 
+def _without_output_norms(state: Mapping, wanted: Mapping, prefix: str) -> tuple[Mapping, dict[str, str]]:
+    """Take the output norms from a classifier's weights, unless they are for a classifier's backbone too.
+
+    Args:
+        state (Mapping[str, Tensor]): The classifier's tensors.
+        wanted (Mapping[str, Tensor]): The model's tensors.
+        prefix (str): The backbone's prefix in both.
+
+    Returns:
+        tuple[Mapping[str, Tensor], dict[str, str]]: What is left of ``state``, and which of the model's start fresh.
+    """
+    if is_classifier(below(wanted, prefix), ''):
+        return state, {}
+    norm = re.compile(re.escape(prefix) + _OUTPUT_NORM.pattern)
+    kept = {name: value for name, value in state.items() if not norm.match(name)}
+    return kept, {name: 'output norms' for name in wanted if norm.match(name)}
+
+
 def audit_backbone(
     state: Mapping[str, torch.Tensor],
     backbone: nn.Module,
@@ -252,10 +270,9 @@ def audit_backbone(
     Returns:
         LoadReport: The comparison.
     """
-    names, fresh = backbone.state_dict(), {}
-    if classifier and not is_classifier(names, ''):
-        fresh = {name: 'output norms' for name in names if _OUTPUT_NORM.match(name)}
-        state = {name: value for name, value in state.items() if not _OUTPUT_NORM.match(name)}
+    fresh = {}
+    if classifier:
+        state, fresh = _without_output_norms(state, backbone.state_dict(), '')
     return audit(state, backbone, source, fresh=fresh, inflate_stem=inflate_stem, options=options)
 
 
@@ -288,10 +305,8 @@ def audit_model(
     if find_backbones(state) == [prefix] and is_classifier(state, prefix) and not is_classifier(wanted, prefix):
         kept = {name: name.split('.')[0] for name in wanted if not name.startswith(prefix)}
         state = {name: value for name, value in state.items() if name.startswith(prefix)}
-        if not is_classifier(below(wanted, prefix), ''):
-            norms = re.compile(re.escape(prefix) + _OUTPUT_NORM.pattern)
-            kept.update((name, 'output norms') for name in wanted if norms.match(name))
-            state = {name: value for name, value in state.items() if not norms.match(name)}
+        state, norms = _without_output_norms(state, wanted, prefix)
+        kept.update(norms)
     for beginning in fresh:
         for name, value in wanted.items():
             chosen = name == beginning or name.startswith(beginning.rstrip('.') + '.')

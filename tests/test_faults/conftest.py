@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from small_runs import cpu_environment
 
 
 class Trainer:
@@ -74,7 +75,7 @@ def trainer(tmp_path_factory):
             stderr=subprocess.STDOUT,
             pass_fds=[writing],
             text=True,
-            env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
+            env=cpu_environment(),
         ) as process,
     ):
         os.close(writing)

@@ -8,18 +8,30 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_runs import cpu_environment, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import mmspatialmamba  # noqa: F401
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+PACE = """
+import os
+import time
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class PaceHook(Hook):
+    def after_train_epoch(self, runner):
+        time.sleep(float(os.environ['SECONDS_OF_AN_EPOCH']))
+"""
 CONFIG = """
 default_scope = 'mmpretrain'
-custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmspatialmamba', 'pace'], allow_failed_imports=False)
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(num_classes=2, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
@@ -45,7 +57,7 @@ train_cfg = dict(by_epoch=True, max_epochs=16)
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.01))
 param_scheduler = dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20)
 default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook', interval=1, max_keep_ckpts=2))
-custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+custom_hooks = [dict(type='EMAHook', momentum=0.1), dict(type='PaceHook')]
 randomness = dict(seed=0)
 del dataset
 """
@@ -55,21 +67,20 @@ del dataset
 def folder(tmp_path_factory):
     """A folder with a config and its images."""
     folder = tmp_path_factory.mktemp('classifier')
-    generator = np.random.default_rng(0)
-    for index in range(16):
-        path = folder / 'images' / f'class{index % 2}' / f'{index}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    write_images(folder / 'images', [0, 1] * 8)
     (folder / 'config.py').write_text(CONFIG)
+    (folder / 'pace.py').write_text(PACE)
     return folder
 
 
-def start(folder: Path, processes: int, *args: object) -> subprocess.Popen:
-    """Start a training in a process group of its own, as a shell does."""
+def start(folder: Path, processes: int, *args: object, seconds: float = 0) -> subprocess.Popen:
+    """Start a training in a process group of its own, as a shell does.
+
+    An epoch takes ``seconds`` longer than it needs: one that is to be stopped must not end before that.
+    """
     command = [sys.executable, TOOLS / 'train.py', 'config.py']
     if processes > 1:
         command = [TOOLS / 'dist_train.sh', 'config.py', processes]
-    kept = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
     return subprocess.Popen(
         list(map(str, [*command, *args])),
         cwd=folder,
@@ -77,11 +88,7 @@ def start(folder: Path, processes: int, *args: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={
-            **kept,
-            **{'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable},
-            'PORT': str(get_free_port()),
-        },
+        env=cpu_environment(PORT=get_free_port(), PYTHONPATH=folder, SECONDS_OF_AN_EPOCH=seconds),
     )
 
 
@@ -92,7 +99,7 @@ def wait_for_checkpoint(process: subprocess.Popen, work_dir: Path) -> None:
     while not last.is_file() or last.stat().st_mtime_ns == old:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(random.uniform(0, 1))
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -126,7 +133,8 @@ def test_stopped_in_every_way_and_resumed(folder):
     undisturbed = start(folder, 1, '--work-dir', 'undisturbed')
     work_dir = folder / 'stopped'
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = start(folder, 1, '--work-dir', 'stopped', *(['--resume'] if work_dir.exists() else []))
+        resume = ['--resume'] if work_dir.exists() else []
+        process = start(folder, 1, '--work-dir', 'stopped', *resume, seconds=1)
         wait_for_checkpoint(process, work_dir)
         if signum == signal.SIGINT:
             os.killpg(process.pid, signum)
@@ -153,7 +161,7 @@ def test_a_killed_process_ends_the_other_and_both_resume(folder):
     work_dir = folder / 'killed process'
     rank = random.randrange(2)
     options = ('--cfg-options', 'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False')
-    process = start(folder, 2, '--work-dir', work_dir, *options)
+    process = start(folder, 2, '--work-dir', work_dir, *options, seconds=1)
     wait_for_checkpoint(process, work_dir)
     killed = processes_of_rank(process.pid, rank)
     os.kill(killed, signal.SIGKILL)

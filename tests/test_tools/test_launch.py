@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.fileio import load
-from PIL import Image
+from small_runs import cpu_environment, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mmspatialmamba.engine import launch
@@ -321,12 +320,6 @@ def run_script(*args: object, cwd: Path, **env: object) -> subprocess.CompletedP
     return subprocess.run(list(map(str, args)), cwd=cwd, capture_output=True, text=True, env=cpu_environment(**env))
 
 
-def cpu_environment(**env: object) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
-    kept.update(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PYTHON=sys.executable)
-    return {**kept, **{key: str(value) for key, value in env.items()}}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['train', 'test'])
 def test_scripts_fail_in_one_line_from_any_directory(tmp_path, task):
@@ -426,11 +419,7 @@ def test_slurm_scripts_start_srun(tmp_path, recorder, script, args, expected, en
 def classifier(tmp_path_factory):
     """A config of a small classifier on three images of one class and one of another."""
     folder = tmp_path_factory.mktemp('classifier')
-    generator = np.random.default_rng(0)
-    for index in range(4):
-        path = folder / 'images' / f'class{index // 3}' / f'{index}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    write_images(folder / 'images', [0, 0, 0, 1])
     config = folder / 'classifier.py'
     config.write_text(CLASSIFIER.replace('{root!r}', repr(str(folder / 'images'))))
     return config

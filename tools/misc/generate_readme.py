@@ -9,6 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = 'python tools/misc/generate_readme.py'
+DENSE_NOTE = 'Backbones start from ImageNet-1K weights: `model.backbone.init_cfg.checkpoint` names the file.'
 FOLDERS = {
     'classification': dict(
         title='image classification with mmpretrain',
@@ -28,8 +29,7 @@ print(inference_model(model, 'IMAGE')['pred_class'])""",
         metrics={'box AP': 'box AP', 'mask AP': 'mask AP'},
         input='1280x800',
         task='det',
-        note='Backbones start from ImageNet-1K weights: `model.backbone.init_cfg.checkpoint` names the file.',
-        options='',
+        note=DENSE_NOTE,
         example="""from mmdet.apis import DetInferencer
 
 inferencer = DetInferencer('{name}', weights='FILE')
@@ -40,8 +40,7 @@ inferencer('IMAGE', out_dir='outputs')""",
         metrics={'mIoU': 'mIoU', 'mIoU(ms+flip)': 'mIoU (ms+flip)'},
         input='2048x512',
         task='seg',
-        note='Backbones start from ImageNet-1K weights: `model.backbone.init_cfg.checkpoint` names the file.',
-        options='',
+        note=DENSE_NOTE,
         example="""from mmseg.apis import MMSegInferencer
 
 inferencer = MMSegInferencer('{name}', weights='FILE')
@@ -214,7 +213,7 @@ def make_readme(folder: str, collection: dict, models: list[dict]) -> str:
     metrics = facts.pop('metrics')
     name = models[0]['Name']
     facts['example'] = facts['example'].format(name=name)
-    facts['options'] = f'\n{facts["options"]}\n' if facts['options'] else ''
+    facts['options'] = f'\n{facts["options"]}\n' if 'options' in facts else ''
     return README.format(
         folder=folder,
         name=name,

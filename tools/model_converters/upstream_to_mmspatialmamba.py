@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmspatialmamba.checkpoint.audit import describe_arch
-from mmspatialmamba.checkpoint.convert import find_backbones, find_state, is_classifier, last_stage, new_names
+from mmspatialmamba.checkpoint.convert import below, find_backbones, find_state, is_classifier, last_stage, new_names
 from mmspatialmamba.checkpoint.errors import CheckpointError
 from mmspatialmamba.checkpoint.reader import fetch, first_nonfinite
 from mmspatialmamba.models import SpatialMamba
@@ -62,7 +62,7 @@ def wrong_key(state: dict, task: str) -> str | None:
     arch = describe_arch(state, PREFIX)
     if arch is None:
         return f'{PREFIX}stem.conv3.1.norm.weight'
-    last = last_stage(name[len(PREFIX) :] for name in state if name.startswith(PREFIX))
+    last = last_stage(below(state, PREFIX))
     norms = [i for i in range(last + 1) if f'{PREFIX}norm{i}.weight' in state]
     stem = state.get(f'{PREFIX}stem.conv1.conv.weight')
     if stem is None or stem.ndim != 4:
@@ -86,13 +86,13 @@ def wrong_key(state: dict, task: str) -> str | None:
     return next((name for name in (*needed, *wanted_heads) if name not in state), None)
 
 
-def upstream_name(name: str, task: str, state: dict) -> str:
+def upstream_name(name: str, task: str, last: int) -> str:
     """The original release's name for one of ours, in a whole model's state dict.
 
     Args:
         name (str): Our name.
         task (str): 'cls', 'det' or 'seg'.
-        state (dict): The state dict, by our names.
+        last (int): Index of the backbone's last stage.
 
     Returns:
         str: The original release's name.
@@ -100,7 +100,7 @@ def upstream_name(name: str, task: str, state: dict) -> str:
     if not name.startswith(PREFIX):
         return name.replace('head.fc.', 'head.') if task == 'cls' else name
     if task == 'cls':
-        return to_upstream(name[len(PREFIX) :], last_stage(name[len(PREFIX) :] for name in state))
+        return to_upstream(name[len(PREFIX) :], last)
     return PREFIX + to_upstream(name[len(PREFIX) :])
 
 
@@ -136,12 +136,12 @@ def convert(src: str, ema: bool = False, task: str | None = None, reverse: bool 
         raise CheckpointError(f'{src}: the name {upstream or next(iter(old))} is {have}: {want}')
     looks = find_task(list(state))
     task = task or looks
-    wrong = wrong_key(state, task)
+    wrong, last = wrong_key(state, task), last_stage(below(state, PREFIX))
     if wrong is not None:
         shape = f'has shape {tuple(state[wrong].shape)}' if wrong in state else 'is missing'
         raise CheckpointError(
             f'{src} is not the checkpoint of a Spatial-Mamba model for task {task}: its first wrong key is '
-            f'{old_names.get(wrong) or (wrong if reverse else upstream_name(wrong, task, state))}, which {shape}'
+            f'{old_names.get(wrong) or (wrong if reverse else upstream_name(wrong, task, last))}, which {shape}'
         )
     nonfinite = first_nonfinite(state)
     if nonfinite is not None:
@@ -149,7 +149,7 @@ def convert(src: str, ema: bool = False, task: str | None = None, reverse: bool 
     state = OrderedDict((name, value.detach().clone()) for name, value in state.items())
     if not reverse:
         return {'state_dict': state, 'meta': {}}
-    renamed = OrderedDict((upstream_name(name, task, state), value) for name, value in state.items())
+    renamed = OrderedDict((upstream_name(name, task, last), value) for name, value in state.items())
     return {'model' if task == 'cls' else 'state_dict': renamed}
 
 

@@ -7,49 +7,36 @@ from collections.abc import Iterable
 
 _STARTS = ('patch_embed.', 'layers.')
 
-_RENAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r'^patch_embed\.', 'stem.'),
-        (r'^layers\.(\d+)\.blocks\.', r'stages.\1.'),
-        (r'^layers\.(\d+)\.downsample\.conv\.', r'downsamples.\1.'),
-        (r'^outnorm(\d+)\.', r'norm\1.'),
-        (r'\.ln_([12])\.', r'.ln\1.'),
-        (r'\.self_attention\.', '.mixer.'),
-        (r'\.mixer\.conv2d\.', '.mixer.conv.'),
-        (r'\.mixer\.x_proj_weight$', '.mixer.x_proj.weight'),
-        (r'\.mixer\.dt_projs_weight$', '.mixer.dt_proj.weight'),
-        (r'\.mixer\.dt_projs_bias$', '.mixer.dt_bias'),
-        (r'\.mixer\.A_logs$', '.mixer.A_log'),
-        (r'\.mixer\.Ds$', '.mixer.D'),
-        (r'\.mixer\.state_fusion\.kernel_3$', '.mixer.fusion_kernels.0'),
-        (r'\.mixer\.state_fusion\.kernel_3_1$', '.mixer.fusion_kernels.1'),
-        (r'\.mixer\.state_fusion\.kernel_3_2$', '.mixer.fusion_kernels.2'),
-        (r'\.mixer\.state_fusion\.alpha$', '.mixer.fusion_alpha'),
-    )
+# The original release's name, and ours; {n} is a number, ^ and $ are the ends of a name. They are applied in this
+# order, and undone in the opposite one.
+_PAIRS = (
+    ('^patch_embed.', '^stem.'),
+    ('^layers.{n}.blocks.', '^stages.{n}.'),
+    ('^layers.{n}.downsample.conv.', '^downsamples.{n}.'),
+    ('^outnorm{n}.', '^norm{n}.'),
+    ('.ln_1.', '.ln1.'),
+    ('.ln_2.', '.ln2.'),
+    ('.self_attention.', '.mixer.'),
+    ('.mixer.conv2d.', '.mixer.conv.'),
+    ('.mixer.x_proj_weight$', '.mixer.x_proj.weight$'),
+    ('.mixer.dt_projs_weight$', '.mixer.dt_proj.weight$'),
+    ('.mixer.dt_projs_bias$', '.mixer.dt_bias$'),
+    ('.mixer.A_logs$', '.mixer.A_log$'),
+    ('.mixer.Ds$', '.mixer.D$'),
+    ('.mixer.state_fusion.kernel_3$', '.mixer.fusion_kernels.0$'),
+    ('.mixer.state_fusion.kernel_3_1$', '.mixer.fusion_kernels.1$'),
+    ('.mixer.state_fusion.kernel_3_2$', '.mixer.fusion_kernels.2$'),
+    ('.mixer.state_fusion.alpha$', '.mixer.fusion_alpha$'),
 )
 
-_RENAMES_BACK = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r'\.mixer\.fusion_alpha$', '.mixer.state_fusion.alpha'),
-        (r'\.mixer\.fusion_kernels\.2$', '.mixer.state_fusion.kernel_3_2'),
-        (r'\.mixer\.fusion_kernels\.1$', '.mixer.state_fusion.kernel_3_1'),
-        (r'\.mixer\.fusion_kernels\.0$', '.mixer.state_fusion.kernel_3'),
-        (r'\.mixer\.D$', '.mixer.Ds'),
-        (r'\.mixer\.A_log$', '.mixer.A_logs'),
-        (r'\.mixer\.dt_bias$', '.mixer.dt_projs_bias'),
-        (r'\.mixer\.dt_proj\.weight$', '.mixer.dt_projs_weight'),
-        (r'\.mixer\.x_proj\.weight$', '.mixer.x_proj_weight'),
-        (r'\.mixer\.conv\.', '.mixer.conv2d.'),
-        (r'\.mixer\.', '.self_attention.'),
-        (r'\.ln([12])\.', r'.ln_\1.'),
-        (r'^norm(\d+)\.', r'outnorm\1.'),
-        (r'^downsamples\.(\d+)\.', r'layers.\1.downsample.conv.'),
-        (r'^stages\.(\d+)\.', r'layers.\1.blocks.'),
-        (r'^stem\.', 'patch_embed.'),
-    )
-)
+
+def _rename(source: str, target: str) -> tuple[re.Pattern, str]:
+    """The regular expression and the replacement that turn one half of a pair into the other."""
+    return re.compile(source.replace('.', r'\.').replace('{n}', r'(\d+)')), target.strip('^$').replace('{n}', r'\1')
+
+
+_RENAMES = tuple(_rename(theirs, ours) for theirs, ours in _PAIRS)
+_RENAMES_BACK = tuple(_rename(ours, theirs) for theirs, ours in reversed(_PAIRS))
 
 
 def is_upstream(names: Iterable[str]) -> bool:
