@@ -60,7 +60,7 @@ MAX_OCCLUSION = 0.35
 MIN_CONTRAST = 0.5
 
 # Raise it when the composition changes: a folder made by an older one is not equal.
-_REVISION = 1
+_REVISION = 2
 _META = 'meta.json'
 _NUM_VAL_SCANS = 497
 _UPSCALE = 8
@@ -336,11 +336,13 @@ def make_photo_digits(
     all::
 
         out/coco/{train,val}2017/*.jpg, coco/annotations/instances_{train,val}2017.json
+        out/coco/annotations/panoptic_{train,val}2017.json, panoptic_{train,val}2017/*.png
         out/ade/images/{training,validation}/*.jpg, ade/annotations/{training,validation}/*.png
         out/imagenet/{train,val}/{0..9}/*.jpg
         out/meta.json
 
-    COCO's category ids are 1 to 10, its segmentations compressed RLE of the visible parts.
+    COCO's category ids are 1 to 10, and in its panoptic format 11 for the photograph, the only stuff;
+    its segmentations are compressed RLE of the visible parts.
     ADE20K's values are 1 for the photograph and 2 to 11 for the digits; 0, its unlabelled value,
     is not used.
 
@@ -443,13 +445,14 @@ def _write_scenes(root: Path, settings: dict, code: int, split: str, bar: tqdm) 
     size, source = settings['size'], load_source(split)
     coco_images = root / 'coco' / f'{split}2017'
     coco_annotations = root / 'coco' / 'annotations'
+    coco_panoptic = coco_annotations / f'panoptic_{split}2017'
     ade_split = {'train': 'training', 'val': 'validation'}[split]
     ade_images = root / 'ade' / 'images' / ade_split
     ade_annotations = root / 'ade' / 'annotations' / ade_split
-    for folder in (coco_images, coco_annotations, ade_images, ade_annotations):
+    for folder in (coco_images, coco_panoptic, ade_images, ade_annotations):
         folder.mkdir(parents=True, exist_ok=True)
 
-    images, annotations = [], []
+    images, annotations, panoptic = [], [], []
     counts = dict.fromkeys(CLASSES, 0)
     for index in range(settings[f'num_{split}']):
         scene = compose_scene(np.random.default_rng([settings['seed'], code, index]), source, size)
@@ -457,34 +460,45 @@ def _write_scenes(root: Path, settings: dict, code: int, split: str, bar: tqdm) 
         jpeg = _encode_jpeg(scene.image)
         (coco_images / f'{stem}.jpg').write_bytes(jpeg)
         (ade_images / f'{stem}.jpg').write_bytes(jpeg)
-        segments = np.ones((size, size), np.uint8)
         images.append({'id': index + 1, 'file_name': f'{stem}.jpg', 'height': size, 'width': size})
-        for mask, label in zip(scene.masks, scene.labels.tolist()):
-            segments[mask] = label + 2
-            rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-            annotations.append(
-                {
-                    'id': len(annotations) + 1,
-                    'image_id': index + 1,
-                    'category_id': label + 1,
-                    'bbox': coco_mask.toBbox(rle).tolist(),
-                    'area': int(coco_mask.area(rle)),
-                    'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode('ascii')},
-                    'iscrowd': 0,
-                }
-            )
+        classes = np.ones((size, size), np.uint8)
+        parts = np.zeros((size, size), np.uint8)
+        infos = []
+        for number, (mask, label) in enumerate(zip(scene.masks, scene.labels.tolist()), start=1):
+            classes[mask] = label + 2
+            parts[mask] = number
+            info, rle = _describe(mask, label + 1)
+            infos.append({'id': number, **info})
+            annotations.append({'id': len(annotations) + 1, 'image_id': index + 1, **info, 'segmentation': rle})
             counts[CLASSES[label]] += 1
-        (ade_annotations / f'{stem}.png').write_bytes(cv2.imencode('.png', segments)[1])
+        infos.append({'id': len(infos) + 1, **_describe(parts == 0, len(CLASSES) + 1)[0]})
+        parts[parts == 0] = len(infos)
+        panoptic.append({'image_id': index + 1, 'file_name': f'{stem}.png', 'segments_info': infos})
+        (ade_annotations / f'{stem}.png').write_bytes(_encode_png(classes))
+        # An id is red + 256 * green + 65536 * blue; OpenCV's order is blue, green, red.
+        (coco_panoptic / f'{stem}.png').write_bytes(_encode_png(np.dstack([0 * parts, 0 * parts, parts])))
         bar.update()
-    categories = [{'id': index + 1, 'name': name, 'supercategory': 'digit'} for index, name in enumerate(CLASSES)]
-    content = {
-        'info': {'description': 'PhotoDigits'},
-        'images': images,
-        'annotations': annotations,
-        'categories': categories,
-    }
-    (coco_annotations / f'instances_{split}2017.json').write_text(json.dumps(content))
+
+    things = [{'id': index + 1, 'name': name, 'supercategory': 'digit'} for index, name in enumerate(CLASSES)]
+    photo = {'id': len(CLASSES) + 1, 'name': SEG_CLASSES[0], 'supercategory': 'background'}
+    kinds = [{**thing, 'isthing': 1, 'color': color} for thing, color in zip(things, PALETTE)]
+    kinds.append({**photo, 'isthing': 0, 'color': SEG_PALETTE[0]})
+    for name, records, categories in (('instances', annotations, things), ('panoptic', panoptic, kinds)):
+        content = {
+            'info': {'description': 'PhotoDigits'},
+            'images': images,
+            'annotations': records,
+            'categories': categories,
+        }
+        (coco_annotations / f'{name}_{split}2017.json').write_text(json.dumps(content))
     return counts
+
+
+def _describe(mask: np.ndarray, category: int) -> tuple[dict, dict]:
+    """What COCO's formats say of a part of an image, and the part's compressed RLE."""
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    info = {'category_id': category, 'bbox': coco_mask.toBbox(rle).tolist(), 'area': int(coco_mask.area(rle))}
+    return {**info, 'iscrowd': 0}, {'size': rle['size'], 'counts': rle['counts'].decode('ascii')}
 
 
 def _write_crops(root: Path, settings: dict, code: int, split: str, bar: tqdm) -> None:
@@ -503,6 +517,10 @@ def _write_crops(root: Path, settings: dict, code: int, split: str, bar: tqdm) -
 
 def _encode_jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+
+def _encode_png(image: np.ndarray) -> bytes:
+    return cv2.imencode('.png', image)[1].tobytes()
 
 
 def draw_samples(root: str | os.PathLike, path: str | os.PathLike, split: str = 'val') -> None:

@@ -98,7 +98,7 @@ def test_images_do_not_depend_on_their_number(tmp_path):
     few, more = contents(tmp_path / 'few'), contents(tmp_path / 'more')
     images = [name for name in few if name.endswith(('.jpg', '.png'))]
     assert all(few[name] == more[name] for name in images)
-    assert len(more) == len(few) + 2 * 3 + 2
+    assert len(more) == len(few) + 2 * 4 + 2
 
 
 def test_no_scan_in_both_splits():
@@ -263,6 +263,39 @@ def test_mmseg_reads_segments(data_root):
         for mask, label in zip(scene.masks, scene.labels):
             expected[mask] = SEG_CLASSES.index(CLASSES[label])
         assert np.array_equal(segments, expected)
+
+
+def test_mmdet_reads_panoptic_segments(data_root):
+    metainfo = {
+        'classes': (*CLASSES, 'photo'),
+        'thing_classes': CLASSES,
+        'stuff_classes': ('photo',),
+        'palette': [*PALETTE, SEG_PALETTE[0]],
+    }
+    dataset = build_dataset(
+        'mmdet',
+        {
+            'type': 'CocoPanopticDataset',
+            'data_root': str(data_root / 'coco'),
+            'ann_file': 'annotations/panoptic_train2017.json',
+            'data_prefix': {'img': 'train2017/', 'seg': 'annotations/panoptic_train2017/'},
+            'metainfo': metainfo,
+        },
+    )
+    assert len(dataset) == 12
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        ids = cv2.imread(info['seg_map_path'])[..., ::-1] @ [1, 256, 65536]
+        scene = compose_scene(np.random.default_rng([0, 0, index]), load_source('train'), SIZE)
+        *things, photo = info['segments_info']
+        assert [segment['category'] for segment in things] == scene.labels.tolist()
+        assert all(np.array_equal(ids == segment['id'], mask) for segment, mask in zip(things, scene.masks))
+        assert all(segment['is_thing'] for segment in things)
+        assert (photo['category'], photo['is_thing']) == (len(CLASSES), 0)
+        assert np.array_equal(ids == photo['id'], ~scene.masks.any(axis=0))
+        assert [instance['bbox_label'] for instance in info['instances']] == scene.labels.tolist()
+        for segment in info['segments_info']:
+            assert segment['is_crowd'] == 0
 
 
 def test_mmpretrain_reads_classes(data_root):
