@@ -70,9 +70,11 @@ class InstanceSegTTAModel(BaseTTAModel):
         """
         views = []
         for i in range(len(data['inputs'])):
-            samples = self.module.test_step({key: value[i] for key, value in data.items()})
-            for sample in samples:
-                sample.pred_instances = self._to_original(sample)
+            view = {key: value[i] for key, value in data.items()}
+            flips = [self._take_flip(sample) for sample in view['data_samples']]
+            samples = self.module.test_step(view)
+            for sample, flip in zip(samples, flips):
+                sample.pred_instances = self._to_original(sample, flip)
             views.append(samples)
         return self.merge_preds(list(zip(*views)))
 
@@ -90,11 +92,30 @@ class InstanceSegTTAModel(BaseTTAModel):
             views[0].pred_instances = self._merge([view.pred_instances for view in views], views[0].ori_shape[:2])
         return [views[0] for views in data_samples_list]
 
-    def _to_original(self, sample: DetDataSample) -> InstanceData:
+    def _take_flip(self, sample: DetDataSample) -> str | None:
+        """Take the flip out of what the detector is told: mmdet's cascades would flip masks that they merge by it.
+
+        Args:
+            sample (DetDataSample): A view. Its ``flip`` is False afterwards.
+
+        Returns:
+            str, optional: The direction in which the view is flipped.
+        """
+        if 'flip' not in sample.metainfo:
+            raise ValueError(
+                'a view does not say whether it is flipped: give tta_pipeline a RandomFlip (prob=0.0 flips nothing) '
+                "and its PackDetInputs the meta_keys 'flip' and 'flip_direction'"
+            )
+        direction = sample.flip_direction if sample.flip else None
+        sample.set_metainfo(dict(flip=False))
+        return direction
+
+    def _to_original(self, sample: DetDataSample, flip: str | None) -> InstanceData:
         """Undo the flip of a view's prediction and crop its masks.
 
         Args:
             sample (DetDataSample): The prediction, in the size of the original image.
+            flip (str, optional): The direction in which the view is flipped.
 
         Returns:
             InstanceData: ``bboxes``, ``scores``, ``labels``, ``masks`` as a list of crops, and ``crops``: where they
@@ -107,18 +128,12 @@ class InstanceSegTTAModel(BaseTTAModel):
                 f'InstanceSegTTAModel merges instances with masks, and {type(self.module).__name__} predicts {what}: '
                 "for boxes without masks set tta_model.type='DetTTAModel'"
             )
-        if 'flip' not in sample.metainfo:
-            raise ValueError(
-                'a view does not say whether it is flipped: give tta_pipeline a RandomFlip (prob=0.0 flips nothing) '
-                "and its PackDetInputs the meta_keys 'flip' and 'flip_direction'"
-            )
         found = sample.pred_instances
         bboxes, crops = found.bboxes, mask2bbox(found.masks).long()
         masks = [mask[y1:y2, x1:x2].clone() for mask, (x1, y1, x2, y2) in zip(found.masks, crops.tolist())]
-        if sample.flip:
-            shape, direction = sample.ori_shape, sample.flip_direction
-            bboxes, crops = bbox_flip(bboxes, shape, direction), bbox_flip(crops, shape, direction)
-            masks = [mask.flip(FLIPPED_DIMS[direction]) for mask in masks]
+        if flip is not None:
+            bboxes, crops = (bbox_flip(boxes, sample.ori_shape, flip) for boxes in (bboxes, crops))
+            masks = [mask.flip(FLIPPED_DIMS[flip]) for mask in masks]
         return InstanceData(bboxes=bboxes, scores=found.scores, labels=found.labels, masks=masks, crops=crops)
 
     def _merge(self, views: list[InstanceData], shape: tuple[int, int]) -> InstanceData:
