@@ -46,8 +46,8 @@ class SpatialMamba(BaseModule):
         frozen_stages (int): -1 freezes nothing, 0 the stem, n the stem and the first n stages, each with the
             downsampling layer that follows it and its output norm. Defaults to -1.
         norm_eval (bool): Whether BatchNorm layers stay in evaluation mode while training. Defaults to False.
-        with_cp (bool): Whether to recompute each block in the backward pass, which saves memory and costs time.
-            Defaults to False.
+        with_cp (bool): Whether to recompute stem, blocks and downsampling layers in the backward pass, each from its
+            input alone, which saves memory and costs time (docs/large-inputs.md). Defaults to False.
         init_cfg (dict | list[dict], optional): Initialization config.
             ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads weights, 'ema://FILE_OR_URL' the averaged ones;
             with ``checkpoint=None`` it is the same as None: random weights. Beside ``checkpoint`` it may have these:
@@ -108,13 +108,13 @@ class SpatialMamba(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        self.stem = Stem(in_channels, embed_dims, norm_cfg)
+        self.stem = Stem(in_channels, embed_dims, norm_cfg, with_cp)
         rates = iter(np.linspace(0, drop_path_rate, sum(self.depths)).tolist())
         self.stages = nn.ModuleList(
             nn.Sequential(*(SpatialMambaBlock(channels, next(rates), with_cp) for _ in range(depth)))
             for channels, depth in zip(self.out_channels, self.depths)
         )
-        self.downsamples = nn.ModuleList(Downsample(channels, norm_cfg) for channels in self.out_channels[:-1])
+        self.downsamples = nn.ModuleList(Downsample(channels, norm_cfg, with_cp) for channels in self.out_channels[:-1])
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from mmspatialmamba.ops import depthwise_conv, linear_gelu
 
 from .mixer import StructureAwareSSM
 from .precision import Linear, in_fast_precision
+from .recompute import recompute
 
 
 class MLP(nn.Module):
@@ -62,6 +62,4 @@ class SpatialMambaBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to the same, best in the channels-last memory format."""
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
+        return recompute(self, self._forward, x) if self.with_cp else self._forward(x)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .precision import Conv2d, in_fast_precision
+from .recompute import recompute
 
 
 class PointwiseConv(nn.Conv2d):
@@ -64,10 +65,13 @@ class Stem(nn.Module):
         in_channels (int): Number of image channels.
         embed_dims (int): Number of output channels.
         norm_cfg (dict): Config of the normalisation after each convolution.
+        with_cp (bool): Whether to recompute the stem in the backward pass instead of storing its activations. Defaults
+            to False.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict) -> None:
+    def __init__(self, in_channels: int, embed_dims: int, norm_cfg: dict, with_cp: bool = False) -> None:
         super().__init__()
+        self.with_cp = with_cp
         half, wide = embed_dims // 2, embed_dims * 4
         self.conv1 = ConvLayer(in_channels, half, 3, stride=2, norm_cfg=norm_cfg)
         self.conv2 = nn.Sequential(
@@ -79,10 +83,13 @@ class Stem(nn.Module):
             ConvLayer(wide, embed_dims, 1, norm_cfg=norm_cfg, act=False),
         )
 
-    def forward(self, x):
-        """(batch, in_channels, H, W) to (batch, embed_dims, ceil(H / 4), ceil(W / 4))."""
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv1(x)
         return self.conv3(x + self.conv2(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, in_channels, H, W) to (batch, embed_dims, ceil(H / 4), ceil(W / 4))."""
+        return recompute(self, self._forward, x) if self.with_cp else self._forward(x)
 
 
 class Downsample(nn.Sequential):
@@ -91,12 +98,19 @@ class Downsample(nn.Sequential):
     Args:
         channels (int): Number of input channels.
         norm_cfg (dict): Config of the normalisation after the last convolution.
+        with_cp (bool): Whether to recompute the layer in the backward pass instead of storing its activations. Defaults
+            to False.
     """
 
-    def __init__(self, channels: int, norm_cfg: dict) -> None:
+    def __init__(self, channels: int, norm_cfg: dict, with_cp: bool = False) -> None:
         wide = channels * 8
         super().__init__(
             ConvLayer(channels, wide, 1, bias=True),
             ConvLayer(wide, wide, 3, stride=2, groups=wide, bias=True),
             ConvLayer(wide, channels * 2, 1, bias=True, norm_cfg=norm_cfg, act=False),
         )
+        self.with_cp = with_cp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) to (batch, 2 * channels, ceil(height / 2), ceil(width / 2))."""
+        return recompute(self, super().forward, x) if self.with_cp else super().forward(x)
