@@ -15,10 +15,20 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-from measuring import FORMATS, add_arguments, machine, measure, prepare, spread, table, write
+from measuring import (
+    FORMATS,
+    add_arguments,
+    machine,
+    measure,
+    peak_memory,
+    prepare,
+    reset_peak_memory,
+    spread,
+    table,
+    write,
+)
 from torch import nn
 
 OURS = 'SpatialMamba-T'
@@ -166,39 +176,28 @@ def faster_layout(args, name, library, task, precision, size) -> str:
     return min(times, key=lambda layout: times[layout].min())
 
 
-def peak_memory(device: str, *case: str) -> dict[str, float]:
+def memory_of(device: str, *case: str) -> dict[str, float]:
     """MiB at the peak of three steps, and by how much that is above what there was before them, the model included.
 
     On a GPU it is what PyTorch allocated for this model. On the CPU it is the process's resident memory.
     """
-    if device == 'cuda':
-        others = torch.cuda.memory_allocated()
-        step = Step(*case, device)
-        before = torch.cuda.memory_allocated() - others
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        status = Path('/proc/self/status')
-        step = Step(*case, device)
-        before = int(re.search(r'VmRSS:\s+(\d+)', status.read_text())[1]) * 1024
-        # 5 sets the peak, VmHWM, back to the present.
-        Path('/proc/self/clear_refs').write_text('5')
+    others = torch.cuda.memory_allocated() if device == 'cuda' else 0
+    step = Step(*case, device)
+    before = reset_peak_memory(device) - others
     for _ in range(3):
         step()
-    if device == 'cuda':
-        peak = torch.cuda.max_memory_allocated() - others
-    else:
-        peak = int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) * 1024
+    peak = peak_memory(device) - others
     return {'peak_mib': peak / 2**20, 'rise_mib': (peak - before) / 2**20}
 
 
 def take_memory(args: argparse.Namespace, *case: str) -> dict[str, float]:
-    """:func:`peak_memory` of a step, on the CPU in a fresh process, whose memory holds nothing else.
+    """:func:`memory_of` a step, on the CPU in a fresh process, whose memory holds nothing else.
 
     Raises:
         SystemExit: If the process fails.
     """
     if args.device == 'cuda':
-        return peak_memory('cuda', *case)
+        return memory_of('cuda', *case)
     command = [sys.executable, __file__, '--device', 'cpu', '--threads', str(torch.get_num_threads())]
     command += ['--out', str(args.out), '--memory-of', json.dumps(case)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -269,7 +268,7 @@ def main() -> None:
 
         stand_in()
     if args.memory_of:
-        print(json.dumps(peak_memory(args.device, *json.loads(args.memory_of))))
+        print(json.dumps(memory_of(args.device, *json.loads(args.memory_of))))
         return
     libraries = ('torchvision',) if bare else ('mmpretrain', 'torchvision')
     library = next((name for name in libraries if find_spec(name) is not None), None)

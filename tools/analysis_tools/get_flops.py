@@ -45,6 +45,7 @@ def one_image_coco(folder: Path, height: int, width: int) -> list[str]:
         '--cfg-options',
         *options,
         'val_dataloader.dataset.data_prefix.img=',
+        'val_dataloader.dataset.data_prefix.seg=',
         'val_dataloader.num_workers=0',
         'val_dataloader.persistent_workers=False',
     ]

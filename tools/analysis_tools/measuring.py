@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turn, the record of the machine, and the JSON they write."""
+"""What the benchmarks share: timing in turn, peak memory, the record of the machine, and the JSON they write."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to hand freed blocks of a MiB or more back at once, so that the resident memory is what is in use."""
+    if platform.libc_ver()[0] == 'glibc':
+        mallopt, mmap_threshold = ctypes.CDLL(None).mallopt, -3
+        mallopt(mmap_threshold, 2**20)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -114,6 +121,32 @@ def measure(functions: dict[str, Callable], device: str, seconds: float, rounds:
                 milliseconds = (time.perf_counter() - begin) * 1e3
             samples[name].append(milliseconds / calls[name])
     return {name: np.array(values) for name, values in samples.items()}
+
+
+def reset_peak_memory(device: str) -> int:
+    """Set the peak that :func:`peak_memory` tells back to the present.
+
+    Args:
+        device (str): 'cpu' or 'cuda'.
+
+    Returns:
+        int: Bytes in use at present: on a GPU what PyTorch allocated, on the CPU the process's resident memory.
+    """
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # 5 sets the peak, VmHWM, back.
+    Path('/proc/self/clear_refs').write_text('5')
+    return _resident('VmRSS')
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes in use since :func:`reset_peak_memory`, counted as there."""
+    return torch.cuda.max_memory_allocated() if device == 'cuda' else _resident('VmHWM')
+
+
+def _resident(key: str) -> int:
+    return int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1]) * 1024
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
