@@ -1,7 +1,16 @@
 from .checkpoint_hook import ResumableCheckpointHook
 from .cpu_amp import CPUAmpOptimWrapper
+from .fsdp import ResumableFSDPStrategy, block_wrap_policy
 from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
 from .mesa_hook import MESAHook
 
-__all__ = ['CPUAmpOptimWrapper', 'LoadAuditHook', 'MESAHook', 'MainProcessLoggerHook', 'ResumableCheckpointHook']
+__all__ = [
+    'CPUAmpOptimWrapper',
+    'LoadAuditHook',
+    'MESAHook',
+    'MainProcessLoggerHook',
+    'ResumableCheckpointHook',
+    'ResumableFSDPStrategy',
+    'block_wrap_policy',
+]

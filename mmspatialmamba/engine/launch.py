@@ -145,7 +145,8 @@ def cpu_options(cfg: Config, tta: bool = False) -> list[str]:
     """List the overrides that a config needs to run as several processes without a GPU.
 
     mmengine hands ``device_ids`` to DistributedDataParallel, which takes none on the CPU, unless
-    ``model_wrapper_cfg`` says otherwise, and refuses SyncBN there.
+    ``model_wrapper_cfg`` says otherwise, and refuses SyncBN there. To FullyShardedDataParallel it hands the number of
+    a GPU as ``device_id``, unless the strategy's ``model_wrapper`` says otherwise.
 
     Args:
         cfg (Config): The config, with the caller's own overrides merged. What it says of
@@ -165,6 +166,8 @@ def cpu_options(cfg: Config, tta: bool = False) -> list[str]:
     elif wrapper.get('type', wanted['type']) != wanted['type']:
         wanted = {}
     options = [f'model_wrapper_cfg.{k}={v}' for k, v in wanted.items() if k not in wrapper]
+    if cfg.get('strategy', {}).get('type') in ('FSDPStrategy', 'ResumableFSDPStrategy'):
+        options = ['strategy.model_wrapper.device_id=cpu']
     keys = list(_sync_bn_keys(cfg.to_dict()))
     if tta and cfg.default_scope == 'mmpretrain':
         # Of the three, only mmpretrain's script wraps the model before it merges the options.

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.fileio import load
-from small_runs import cpu_environment, write_images
+from small_runs import TOOLS, check_stderr, dist_train, run_script, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from mmspatialmamba.engine import launch
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 CLASSIFIER = """
 default_scope = 'mmpretrain'
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
@@ -270,8 +268,9 @@ DDP = {'model_wrapper_cfg.type': 'MMDistributedDataParallel', 'model_wrapper_cfg
             {'model_wrapper_cfg': {'type': DDP['model_wrapper_cfg.type'], 'device_ids': [0]}},
             {},
         ),
+        ({'strategy': {'type': 'ResumableFSDPStrategy'}}, {'strategy.model_wrapper.device_id': 'cpu'}),
     ],
-    ids=['plain', 'find_unused_parameters', 'own wrapper', 'other wrapper', 'own device_ids'],
+    ids=['plain', 'find_unused_parameters', 'own wrapper', 'other wrapper', 'own device_ids', 'FSDP'],
 )
 def test_model_wrapper_on_cpu(cfg, expected):
     names = {'unused': 'find_unused_parameters', 'broadcast': 'broadcast_buffers'}
@@ -316,10 +315,6 @@ def test_one_process_writes_the_metrics(hooks, expected):
     assert launch.metrics_options(Config({'default_hooks': hooks})) == expected
 
 
-def run_script(*args: object, cwd: Path, **env: object) -> subprocess.CompletedProcess:
-    return subprocess.run(list(map(str, args)), cwd=cwd, capture_output=True, text=True, env=cpu_environment(**env))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['train', 'test'])
 def test_scripts_fail_in_one_line_from_any_directory(tmp_path, task):
@@ -345,12 +340,20 @@ def test_usage_of_the_shell_scripts(tmp_path, args):
     assert_one_line((result.returncode, result.stdout, result.stderr), 'usage:', args[0])
 
 
+def test_shell_scripts_pass_shellcheck():
+    scripts = [*TOOLS.rglob('*.sh'), TOOLS.parent / '.ci' / 'run']
+    assert {'dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'} < {path.name for path in scripts}
+    shellcheck = Path(sys.executable).with_name('shellcheck')
+    result = run_script(shellcheck, *scripts, cwd=TOOLS)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.fixture
 def recorder(tmp_path):
-    """A program that prints its arguments one by one, for the scripts to start."""
+    """A program that prints its arguments one by one and exits with status 3, for the scripts to start."""
     path = tmp_path / 'bin' / 'srun'
     path.parent.mkdir()
-    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nexit 3\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
@@ -365,8 +368,9 @@ def recorder(tmp_path):
 def test_dist_scripts_start_torchrun(tmp_path, recorder, script, args, expected):
     extra = ('--cfg-options', 'a=b c', '--amp')
     env = {'NNODES': 2, 'NODE_RANK': 1, 'PORT': 29511, 'MASTER_ADDR': 'host', 'PYTHON': recorder}
-    lines = run_script(TOOLS / script, *args, *extra, cwd=tmp_path, **env).stdout.splitlines()
-    assert lines == [
+    result = run_script(TOOLS / script, *args, *extra, cwd=tmp_path, **env)
+    assert (result.returncode, result.stderr) == (3, '')
+    assert result.stdout.splitlines() == [
         *('-m', 'torch.distributed.run', '--nnodes=2', '--node_rank=1'),
         *('--master_addr=host', '--master_port=29511', '--nproc_per_node=2'),
         *(f'{TOOLS}/{expected[0]}', *expected[1:], '--launcher', 'pytorch', *extra),
@@ -379,8 +383,8 @@ def test_dist_scripts_start_torchrun(tmp_path, recorder, script, args, expected)
         ('slurm_train.sh', ('my c.py',), ('train.py', 'my c.py', '--launcher', 'slurm')),
         (
             'slurm_train.sh',
-            ('c.py', 'work dir', '--amp'),
-            ('train.py', 'c.py', '--launcher', 'slurm', '--work-dir', 'work dir', '--amp'),
+            ('c.py', 'work dir', '--cfg-options', 'a=b c', 'd=*'),
+            ('train.py', 'c.py', '--launcher', 'slurm', '--work-dir', 'work dir', '--cfg-options', 'a=b c', 'd=*'),
         ),
         (
             'slurm_train.sh',
@@ -389,8 +393,8 @@ def test_dist_scripts_start_torchrun(tmp_path, recorder, script, args, expected)
         ),
         (
             'slurm_test.sh',
-            ('c.py', 'my x.pth', '--tta'),
-            ('test.py', 'c.py', 'my x.pth', '--launcher', 'slurm', '--tta'),
+            ('my c.py', 'my x.pth', '--tta', '--show-dir', 'my dir'),
+            ('test.py', 'my c.py', 'my x.pth', '--launcher', 'slurm', '--tta', '--show-dir', 'my dir'),
         ),
     ],
 )
@@ -413,6 +417,7 @@ def test_slurm_scripts_start_srun(tmp_path, recorder, script, args, expected, en
         *env.get('SRUN_ARGS', '').split(),
         *(sys.executable, '-u', f'{TOOLS}/{expected[0]}', *expected[1:]),
     ]
+    assert (result.returncode, result.stderr) == (3, '')
 
 
 @pytest.fixture(scope='module')
@@ -446,51 +451,12 @@ def one_process(classifier):
     return work_dir
 
 
-def check_stderr(text: str) -> None:
-    assert 'Traceback' not in text
-    assert 'destroy_process_group' not in text
-
-
-def train_two_processes(config: Path, work_dir: Path) -> str:
-    result = run_script(
-        *(TOOLS / 'dist_train.sh', config, 2, '--work-dir', work_dir),
-        *('--cfg-options', 'train_dataloader.batch_size=2'),
-        cwd=config.parent,
-        PORT=get_free_port(),
-    )
-    assert result.returncode == 0, result.stderr
-    check_stderr(result.stderr)
-    return result.stdout
-
-
-def train_two_nodes(config: Path, work_dir: Path) -> str:
-    port = get_free_port()
-    nodes = []
-    for rank in range(2):
-        args = (TOOLS / 'dist_train.sh', config, 1, '--work-dir', work_dir)
-        options = ('--cfg-options', 'train_dataloader.batch_size=2')
-        nodes.append(
-            subprocess.Popen(
-                list(map(str, args + options)),
-                cwd=config.parent,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=cpu_environment(NNODES=2, NODE_RANK=rank, PORT=port),
-            )
-        )
-    outputs = [node.communicate(timeout=120) for node in nodes]
-    for node, (_, error) in zip(nodes, outputs):
-        assert node.returncode == 0, error
-        check_stderr(error)
-    return outputs[0][0]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('train', [train_two_processes, train_two_nodes])
-def test_averaged_gradients_equal_those_of_the_whole_batch(classifier, one_process, train):
-    work_dir = classifier.parent / train.__name__
-    out = train(classifier, work_dir)
+@pytest.mark.parametrize(('nodes', 'processes'), [(1, 2), (2, 1)])
+def test_averaged_gradients_equal_those_of_the_whole_batch(classifier, one_process, nodes, processes):
+    work_dir = classifier.parent / f'{nodes} x {processes}'
+    options = ('--cfg-options', 'train_dataloader.batch_size=2')
+    out = dist_train(classifier, work_dir, *options, nodes=nodes, processes=processes)
     assert '2 CPU processes over gloo' in out
     assert 'model.backbone.norm_cfg.type=BN' in out
     assert largest_difference(weights(work_dir), weights(one_process)) < 1e-6
