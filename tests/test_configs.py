@@ -11,7 +11,28 @@ from mmengine.structures import InstanceData, PixelData
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = {path.stem: path for path in sorted(CONFIGS.glob('*/*.py'))}
-PUBLISHED = {stem: path for stem, path in FILES.items() if path.parent.name != 'demo'}
+ARCHS = ('tiny', 'small', 'base')
+PUBLISHED = (
+    *(f'spatialmamba-{arch}_8xb128_in1k' for arch in ARCHS),
+    *(f'mask-rcnn_spatialmamba-{arch}_fpn_1x_coco' for arch in ARCHS),
+    *(f'mask-rcnn_spatialmamba-{arch}_fpn_ms-crop-3x_coco' for arch in ARCHS[:2]),
+    *(f'spatialmamba-{arch}_upernet_8xb2-160k_ade20k-512x512' for arch in ARCHS),
+)
+DEMO = tuple(stem for stem, path in FILES.items() if path.parent.name == 'demo')
+# test_heads.py trains these.
+HEADS = (
+    'cascade-mask-rcnn_spatialmamba-{}_fpn_4conv1fc-giou_ms-crop-3x_coco',
+    'retinanet_spatialmamba-{}_fpn_1x_coco',
+    'mask2former_spatialmamba-{}_8xb2-lsj-50e_coco',
+    'mask2former_spatialmamba-{}_8xb2-lsj-50e_coco-panoptic',
+    'dino-4scale_spatialmamba-{}_8xb2-12e_coco',
+    'spatialmamba-{}_fpn_8xb4-80k_ade20k-512x512',
+    'spatialmamba-{}_segformer_8xb2-160k_ade20k-512x512',
+    'spatialmamba-{}_mask2former_8xb2-160k_ade20k-512x512',
+    'spatialmamba-{}_upernet_4xb2-80k_cityscapes-512x1024',
+)
+FSDP = 'mask-rcnn_spatialmamba-base_fpn_fsdp-1x_coco'
+MASK2FORMERS = [stem for stem in FILES if 'mask2former' in stem]
 SMALL_ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1))
 SMALL_CHANNELS = [8, 16, 32, 64]
 
@@ -70,25 +91,23 @@ def make_batch(cfg, size):
     return dict(inputs=images, data_samples=samples)
 
 
-def test_published_configs_are_complete():
-    archs = ('tiny', 'small', 'base')
-    assert set(PUBLISHED) == {
-        *(f'spatialmamba-{arch}_8xb128_in1k' for arch in archs),
-        *(f'mask-rcnn_spatialmamba-{arch}_fpn_1x_coco' for arch in archs),
-        *(f'mask-rcnn_spatialmamba-{arch}_fpn_ms-crop-3x_coco' for arch in archs[:2]),
-        *(f'spatialmamba-{arch}_upernet_8xb2-160k_ade20k-512x512' for arch in archs),
-    }
+def test_configs_are_complete():
+    heads = {stem.format(arch) for stem in HEADS for arch in ARCHS[:2]}
+    assert set(FILES) - set(DEMO) == set(PUBLISHED) | heads | {FSDP}
 
 
 @pytest.mark.parametrize('path', FILES.values(), ids=FILES)
 def test_names_the_plugin_and_no_other_weights(path):
     cfg = load(path)
-    assert cfg.custom_imports == dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+    mmdet = ['mmdet.models'] if 'mask2former_8xb2-160k' in path.stem else []
+    assert cfg.custom_imports == dict(imports=[*mmdet, 'mmspatialmamba'], allow_failed_imports=False)
     assert cfg.model.backbone.type == 'SpatialMamba'
     assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=None)
     leaked = {'embed_dims', 'num_heads', 'window_size', 'patch_norm', 'depth', 'style'} & set(cfg.model.backbone)
     assert not leaked
-    assert 'swin' not in str(cfg.get('pretrained')) + str(cfg.get('checkpoint_file'))
+    assert {cfg.get(name) for name in ('pretrained', 'checkpoint', 'checkpoint_file')} == {None}
+    assert cfg.default_hooks.checkpoint.type == 'ResumableCheckpointHook'
+    assert path.stem == FSDP or cfg.default_hooks.load_audit.type == 'LoadAuditHook'
 
 
 @pytest.mark.parametrize('path', FILES.values(), ids=FILES)
@@ -96,9 +115,25 @@ def test_builds_at_its_own_size(path):
     cfg = load(path)
     with torch.device('meta'):
         backbone = build_model(cfg).backbone
-    heads = {'mmdet': lambda m: m.neck.in_channels, 'mmseg': lambda m: m.decode_head.in_channels}
-    wanted = heads.get(cfg.default_scope, lambda m: [m.head.in_channels])(cfg.model)
-    assert [backbone.out_channels[i] for i in backbone.out_indices] == list(wanted)
+    readers = (cfg.model.get(name) for name in ('neck', 'panoptic_head', 'decode_head', 'head'))
+    wanted = next(reader.in_channels for reader in readers if reader and 'in_channels' in reader)
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    assert [backbone.out_channels[i] for i in backbone.out_indices] == wanted
+
+
+@pytest.mark.parametrize('stem', MASK2FORMERS)
+def test_mask2former_decays_no_norm_and_trains_the_backbone_at_a_tenth(stem):
+    cfg = load(FILES[stem])
+    with torch.device('meta'):
+        model = build_model(cfg)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group['params']}
+    norms = (torch.nn.LayerNorm, torch.nn.modules.batchnorm._BatchNorm)
+    for module in model.backbone.modules():
+        for parameter in module.parameters(recurse=False):
+            group = groups[id(parameter)]
+            assert group['weight_decay'] == (0.0 if isinstance(module, norms) else 0.05)
+            assert group['lr'] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +141,12 @@ def test_builds_at_its_own_size(path):
     [
         pytest.param(path, id=stem, marks=pytest.mark.slow if re.search('-small|-base|-3x', stem) else ())
         for stem, path in FILES.items()
+        if stem in PUBLISHED + DEMO
     ],
 )
 def test_trains_a_step_and_predicts(path):
     cfg = load(path)
-    if path in PUBLISHED.values():
+    if path.stem in PUBLISHED:
         shrink(cfg)
     torch.manual_seed(0)
     model = build_model(cfg)

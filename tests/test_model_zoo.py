@@ -137,17 +137,19 @@ def test_stale_readme_is_named_and_generated_again(zoo):
 def test_model_without_results_is_not_trained_yet(zoo):
     with (zoo / 'configs' / 'segmentation' / 'metafile.yml').open('a') as metafile:
         metafile.write(
-            '  - Name: new_cityscapes\n'
+            '  - Name: new_model\n'
             '    In Collection: Spatial-Mamba\n'
-            '    Config: configs/segmentation/new_cityscapes.py\n'
+            '    Config: configs/segmentation/new_model.py\n'
             '    Metadata:\n'
-            '      Training Data: Cityscapes\n'
+            '      Training Data: New\n'
         )
     assert run_generator(zoo)[0] == 0
-    section = (zoo / 'configs' / 'segmentation' / 'README.md').read_text().split('### Cityscapes\n\n')[1]
+    section = (zoo / 'configs' / 'segmentation' / 'README.md').read_text().split('### New\n\n')[1]
     head, _, row = section.splitlines()[:3]
-    assert head == '| model | schedule | parameters | multiply-adds | mIoU | mIoU (ms+flip) | weights |'
-    assert row == '| [new_cityscapes](new_cityscapes.py) | - | - | - | not trained yet | - | - |'
+    assert (
+        head == '| model | schedule | parameters | multiply-adds | training memory | mIoU | mIoU (ms+flip) | weights |'
+    )
+    assert row == '| [new_model](new_model.py) | - | - | - | - | not trained yet | - | - |'
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ FOLDERS = {
         title='image classification with mmpretrain',
         metrics={'Top 1 Accuracy': 'top-1'},
         input='224x224',
+        memory='',
         task='cls',
         note='The published classifiers were trained with MESA self-distillation.',
         options='Files of classifiers hold two sets of weights; `ema://FILE`, or `--ema`, takes the averaged ones.',
@@ -28,6 +29,7 @@ print(inference_model(model, 'IMAGE')['pred_class'])""",
         title='object detection and instance segmentation with mmdet',
         metrics={'box AP': 'box AP', 'mask AP': 'mask AP'},
         input='1280x800',
+        memory='; training memory is with one image of that size, [on a CPU](../../docs/heads.md)',
         task='det',
         note=DENSE_NOTE,
         example="""from mmdet.apis import DetInferencer
@@ -39,6 +41,7 @@ inferencer('IMAGE', out_dir='outputs')""",
         title='semantic segmentation with mmseg',
         metrics={'mIoU': 'mIoU', 'mIoU(ms+flip)': 'mIoU (ms+flip)'},
         input='2048x512',
+        memory='; training memory is with one image of 512x512 (Cityscapes: 1024x512), [on a CPU](../../docs/heads.md)',
         task='seg',
         note=DENSE_NOTE,
         example="""from mmseg.apis import MMSegInferencer
@@ -66,7 +69,7 @@ stages of such blocks make a backbone of the usual pyramid shape.
 
 The figures are the paper's: this project has not trained on these data sets itself.
 {note}
-Multiply-adds are counted at {input}.
+Multiply-adds are counted at {input}{memory}.
 {tables}
 ## Train and test
 
@@ -175,7 +178,7 @@ def table(models: list[dict], metrics: dict[str, str]) -> str:
     Returns:
         str: Lines of Markdown. A model without results is "not trained yet".
     """
-    head = ['model', 'schedule', 'parameters', 'multiply-adds', *metrics.values(), 'weights']
+    head = ['model', 'schedule', 'parameters', 'multiply-adds', 'training memory', *metrics.values(), 'weights']
     rows = [head, ['---'] * len(head)]
     for model in models:
         metadata = model['Metadata']
@@ -188,6 +191,7 @@ def table(models: list[dict], metrics: dict[str, str]) -> str:
                 schedule(metadata),
                 quantity(metadata.get('Parameters'), 1e6, 'M'),
                 quantity(metadata.get('FLOPs'), 1e9, 'G'),
+                f'{metadata["Training Memory (GB)"]} GB' if 'Training Memory (GB)' in metadata else '-',
                 *(values if found else ['not trained yet', *values[1:]]),
                 f'[original release]({source["Weights"]})' if source else '-',
             ]

@@ -1,0 +1,3 @@
+_base_ = './mask2former_spatialmamba-tiny_8xb2-lsj-50e_coco.py'
+
+model = dict(backbone=dict(arch='small', drop_path_rate=0.3))

@@ -1,0 +1,15 @@
+_base_ = 'mmseg::twins/twins_svt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512.py'
+
+custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+checkpoint = None
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='SpatialMamba',
+        arch='tiny',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
+    ),
+)
+default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook'), load_audit=dict(type='LoadAuditHook'))
