@@ -294,8 +294,6 @@ def test_mmdet_reads_panoptic_segments(data_root):
         assert (photo['category'], photo['is_thing']) == (len(CLASSES), 0)
         assert np.array_equal(ids == photo['id'], ~scene.masks.any(axis=0))
         assert [instance['bbox_label'] for instance in info['instances']] == scene.labels.tolist()
-        for segment in info['segments_info']:
-            assert segment['is_crowd'] == 0
 
 
 def test_mmpretrain_reads_classes(data_root):
