@@ -8,6 +8,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
+from test_heads import HEADS
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = {path.stem: path for path in sorted(CONFIGS.glob('*/*.py'))}
@@ -19,18 +20,6 @@ PUBLISHED = (
     *(f'spatialmamba-{arch}_upernet_8xb2-160k_ade20k-512x512' for arch in ARCHS),
 )
 DEMO = tuple(stem for stem, path in FILES.items() if path.parent.name == 'demo')
-# test_heads.py trains these.
-HEADS = (
-    'cascade-mask-rcnn_spatialmamba-{}_fpn_4conv1fc-giou_ms-crop-3x_coco',
-    'retinanet_spatialmamba-{}_fpn_1x_coco',
-    'mask2former_spatialmamba-{}_8xb2-lsj-50e_coco',
-    'mask2former_spatialmamba-{}_8xb2-lsj-50e_coco-panoptic',
-    'dino-4scale_spatialmamba-{}_8xb2-12e_coco',
-    'spatialmamba-{}_fpn_8xb4-80k_ade20k-512x512',
-    'spatialmamba-{}_segformer_8xb2-160k_ade20k-512x512',
-    'spatialmamba-{}_mask2former_8xb2-160k_ade20k-512x512',
-    'spatialmamba-{}_upernet_4xb2-80k_cityscapes-512x1024',
-)
 FSDP = 'mask-rcnn_spatialmamba-base_fpn_fsdp-1x_coco'
 MASK2FORMERS = [stem for stem in FILES if 'mask2former' in stem]
 SMALL_ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1))
@@ -92,7 +81,7 @@ def make_batch(cfg, size):
 
 
 def test_configs_are_complete():
-    heads = {stem.format(arch) for stem in HEADS for arch in ARCHS[:2]}
+    heads = {Path(name).name.replace('tiny', arch) for name in HEADS.values() for arch in ARCHS[:2]}
     assert set(FILES) - set(DEMO) == set(PUBLISHED) | heads | {FSDP}
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,11 +15,10 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
-from small_runs import cpu_environment
+from small_runs import TOOLS, run_script
 
 from mmspatialmamba.datasets.photo_digits import CLASSES, PALETTE, SEG_PALETTE, make_photo_digits
 
-ROOT = Path(__file__).parents[1]
 SIZE = 96
 CHANNELS = [16, 32, 64, 128]
 HEADS = {
@@ -195,7 +193,7 @@ def small_segmentor(head: str, cfg: Config) -> dict:
 
 def small_config(head: str, iterations: int, batch_size: int) -> Config:
     """A head's config, made small, for PhotoDigits and for a short schedule without a warm-up."""
-    path = ROOT / 'configs' / f'{HEADS[head]}.py'
+    path = TOOLS.parent / 'configs' / f'{HEADS[head]}.py'
     cfg = Config.fromfile(path)
     options = (small_detector if cfg.default_scope == 'mmdet' else small_segmentor)(head, cfg)
     cfg.merge_from_dict(
@@ -230,15 +228,14 @@ def run(
     """Train and test a head: the loss of each iteration, the metrics at the end, and those with ``--tta``."""
     cfg = small_config(head, iterations, batch_size)
     cfg.dump(folder / f'{head}.py')
-    environment = cpu_environment(PYTHONPATH=ROOT / 'tests' / 'stand_ins')
+    stand_ins = Path(__file__).parent / 'stand_ins'
     commands = {'train': ['train.py', f'{head}.py', '--work-dir', head]}
     if tta:
         checkpoint = f'{head}/iter_{iterations}.pth'
         commands['tta'] = ['test.py', f'{head}.py', checkpoint, '--tta', '--work-dir', f'{head}-tta']
     records = {}
     for name, (script, *args) in commands.items():
-        command = [sys.executable, str(ROOT / 'tools' / script), *args]
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        result = run_script(sys.executable, TOOLS / script, *args, cwd=folder, PYTHONPATH=stand_ins)
         assert result.returncode == 0, result.stderr[-3000:]
         work_dir = folder / (head if name == 'train' else f'{head}-tta')
         (path,) = work_dir.glob('*/vis_data/scalars.json') if name == 'train' else work_dir.glob('*/*.json')

@@ -19,14 +19,13 @@ from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from test_configs import FILES, build_model, load
+from test_configs import ARCHS, FILES, build_model, load
 
 from mmspatialmamba.models.utils import from_upstream
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'recipes.md'
 MARK = '<!-- written by tests/test_recipes.py -->\n'
-ARCHS = ('tiny', 'small', 'base')
 SECTIONS = {
     'ImageNet-1K': [f'spatialmamba-{arch}_8xb128_in1k' for arch in ARCHS],
     'Mask R-CNN, COCO, 1x': [f'mask-rcnn_spatialmamba-{arch}_fpn_1x_coco' for arch in ARCHS],

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import cpu_environment, write_images
+from small_runs import TOOLS, cpu_environment, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import mmspatialmamba  # noqa: F401
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 PACE = """
 import os
 import time

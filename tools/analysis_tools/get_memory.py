@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import device_name, peak_memory, reset_peak_memory, return_freed_memory
+from measuring import add_device, device_name, peak_memory, reset_peak_memory, return_freed_memory
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -47,16 +47,13 @@ def parse_args() -> argparse.Namespace:
         '--batch-size', type=int, help="images at a time; default: 1, with --training the config's on one device"
     )
     parser.add_argument('--training', action='store_true', help='measure two training steps, not a prediction')
-    cuda = torch.cuda.is_available()
-    parser.add_argument(
-        '--device', choices=['cpu', 'cuda'], default='cuda' if cuda else 'cpu', help='default: %(default)s'
-    )
+    add_device(parser)
     parser.add_argument('--out', type=Path, metavar='FILE', help='write the figures to this JSON file too')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='changes to the config'
     )
     args = parser.parse_args()
-    if args.device == 'cuda' and not cuda:
+    if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: this PyTorch finds no GPU; use --device cpu')
     for name, values in (('--shape', args.shape), ('--batch-size', args.batch_size and [args.batch_size])):
         if values and min(values) < 1:

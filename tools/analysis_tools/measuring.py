@@ -21,12 +21,17 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 FORMATS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
 
 
-def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options that both benchmarks have."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses between CPU and GPU."""
     cuda = torch.cuda.is_available()
     parser.add_argument(
         '--device', choices=['cpu', 'cuda'], default='cuda' if cuda else 'cpu', help='default: %(default)s'
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the options that both benchmarks have."""
+    add_device(parser)
     parser.add_argument('--threads', type=int, help="CPU threads; default: PyTorch's own choice")
     parser.add_argument('--out', type=Path, default=Path(out), metavar='DIR', help='default: %(default)s')
     parser.add_argument('--seconds', type=float, help='time for each comparison; default: 20, on a GPU 1')

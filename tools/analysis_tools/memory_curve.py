@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import machine, table, write
+from measuring import add_device, machine, table, write
 
 TOOLS = Path(__file__).parent
 CONFIG = TOOLS.parents[1] / 'configs' / 'classification' / 'spatialmamba-tiny_8xb128_in1k.py'
@@ -38,10 +38,7 @@ def parse_args() -> argparse.Namespace:
     for option, sizes in (('--sizes', SIZES), ('--training-sizes', TRAINING_SIZES)):
         sides = f'sides of the images; default: {" ".join(map(str, sizes))}'
         parser.add_argument(option, type=int, nargs='+', default=sizes, metavar='SIDE', help=sides)
-    cuda = torch.cuda.is_available()
-    parser.add_argument(
-        '--device', choices=['cpu', 'cuda'], default='cuda' if cuda else 'cpu', help='default: %(default)s'
-    )
+    add_device(parser)
     parser.add_argument(
         '--limit', type=float, metavar='GIB', help='memory to use at most; default: 9 tenths of the free'
     )
