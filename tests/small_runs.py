@@ -29,8 +29,12 @@ def run_script(*args: object, cwd: Path, **env: object) -> subprocess.CompletedP
 
 
 def check_stderr(text: str) -> None:
-    """Check what several processes that went well wrote to stderr."""
-    assert 'Traceback' not in text
+    """Check what several processes that went well wrote to stderr.
+
+    torch's launchers wait for each other at the end through a store which the first machine's keeps: it may be gone
+    before another's has heard that all are done. That one logs it, with a traceback, and ends as it should.
+    """
+    assert text.count('Traceback') == text.count('Error waiting on exit barrier'), text
     assert 'destroy_process_group' not in text
 
 

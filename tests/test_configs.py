@@ -44,6 +44,9 @@ def shrink(cfg):
     model.backbone.arch = SMALL_ARCH
     if cfg.default_scope == 'mmdet':
         model.neck.in_channels = SMALL_CHANNELS
+        model.roi_head.bbox_head.fc_out_channels = 64
+        model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 50
+        model.train_cfg.rcnn.sampler.num = 32
     elif cfg.default_scope == 'mmseg':
         model.decode_head.update(in_channels=SMALL_CHANNELS, channels=16)
         model.auxiliary_head.update(in_channels=SMALL_CHANNELS[2], channels=8)

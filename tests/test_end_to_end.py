@@ -125,10 +125,15 @@ def test_amp_trains_in_bfloat16(trained, workspace, tmp_path):
     assert losses(tmp_path) and all(torch.tensor(losses(tmp_path)).isfinite())
 
 
+@pytest.fixture(scope='module')
+def pretrained(workspace):
+    """A classifier's checkpoint."""
+    checkpoint, _ = train(workspace, ROOT / 'tools' / 'train.py', 'mmpretrain', workspace / 'classifier')
+    return checkpoint
+
+
 @pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
-def test_two_processes_train_from_classifier_weights_and_test(workspace, tmp_path, library):
-    classifier = tmp_path / 'classifier'
-    pretrained, _ = train(workspace, ROOT / 'tools' / 'train.py', 'mmpretrain', classifier)
+def test_two_processes_train_from_classifier_weights_and_test(workspace, pretrained, tmp_path, library):
     options = [*SMALL_BATCHES, *LIBRARIES[library][2], f'model.backbone.init_cfg.checkpoint={pretrained}']
     work_dir = tmp_path / library
     output = run(

@@ -2,9 +2,9 @@
 
 from . import flops
 from .backend import available_backends, use_backend
+from .biased_gelu import biased_gelu
 from .depthwise_conv import depthwise_conv
 from .gated_layer_norm import gated_layer_norm
-from .linear_gelu import linear_gelu
 from .selective_scan import selective_scan
 from .state_fusion import state_fusion
 from .structure_aware_scan import structure_aware_scan
@@ -13,9 +13,9 @@ flops.install()
 
 __all__ = [
     'available_backends',
+    'biased_gelu',
     'depthwise_conv',
     'gated_layer_norm',
-    'linear_gelu',
     'selective_scan',
     'state_fusion',
     'structure_aware_scan',

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmspatialmamba import ops
 from mmspatialmamba.models import SpatialMamba
-from mmspatialmamba.models.layers.mixer import StructureAwareSSM
+from mmspatialmamba.models.layers import SpatialMambaBlock
 from mmspatialmamba.ops import backend as backend_module
 from mmspatialmamba.ops import library, torch_backend
 
@@ -56,10 +56,10 @@ def check_compiled(model, sizes, compiler, rtol):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', CPU_BACKENDS)
-def test_compiled_mixer_equals_eager(name):
+def test_compiled_block_equals_eager(name):
     torch.manual_seed(0)
     with ops.use_backend(name):
-        check_compiled(StructureAwareSSM(8), [(2, 6, 5, 8), (3, 4, 9, 8)], 'aot_eager', rtol=1e-6)
+        check_compiled(SpatialMambaBlock(8), [(2, 8, 6, 5), (3, 8, 4, 9)], 'aot_eager', rtol=1e-6)
 
 
 @pytest.mark.slow

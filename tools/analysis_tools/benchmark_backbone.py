@@ -65,13 +65,14 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     prepare(args)
     more = GPU_INPUTS if args.device == 'cuda' else ()
+    inference, training = [*INFERENCE, *more], [*TRAINING, *more]
     if args.quick:
-        args.inference, args.training = args.inference or ['1x64x64'], args.training or ['2x64x64']
+        inference, training = ['1x64x64'], ['2x64x64']
         args.precisions = args.precisions or ['float32']
     if args.inference is None:
-        args.inference = [*INFERENCE, *more]
+        args.inference = inference
     if args.training is None:
-        args.training = [*TRAINING, *more]
+        args.training = training
     return args
 
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mmspatialmamba.ops import depthwise_conv, linear_gelu
+from mmspatialmamba.ops import biased_gelu, depthwise_conv
+from mmspatialmamba.ops.backend import fuses_elementwise
 
 from .mixer import StructureAwareSSM
 from .precision import Linear, in_fast_precision
-from .recompute import recompute
+from .recompute import Recomputed, feed, recompute
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear over the last dimension.
+    """Linear, GELU, Linear over the last dimension of a normalised input.
 
     Args:
         channels (int): Number of input and output channels.
@@ -26,8 +30,13 @@ class MLP(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(in_fast_precision(linear_gelu, x, self.fc1.weight, self.fc1.bias))
+    def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
+        """MLP of ``norm(x)``, (..., channels) to the same."""
+        x, weight, bias = Recomputed(norm, x), self.fc1.weight, self.fc1.bias
+        if fuses_elementwise(x.tensor, bias):
+            hidden = feed(lambda x: in_fast_precision(F.linear, x, weight), x)
+            return feed(self.fc2, Recomputed(biased_gelu, hidden, bias))
+        return feed(self.fc2, Recomputed(F.gelu, feed(self.fc1, x)))
 
 
 class SpatialMambaBlock(nn.Module):
@@ -56,9 +65,9 @@ class SpatialMambaBlock(nn.Module):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
-        x = (x + self.drop_path(self.mixer(self.ln1(x)))).permute(0, 3, 1, 2)
+        x = (x + self.drop_path(self.mixer(x, self.ln1))).permute(0, 3, 1, 2)
         x = depthwise_conv(x, self.cpe2.weight, self.cpe2.bias, 'residual').permute(0, 2, 3, 1)
-        return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
+        return (x + self.drop_path(self.mlp(x, self.ln2))).permute(0, 3, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to the same, best in the channels-last memory format."""

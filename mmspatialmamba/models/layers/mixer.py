@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
+from mmspatialmamba.ops.backend import fuses_elementwise
 
 from .precision import Linear
+from .recompute import Recomputed, feed
 
 
 class StructureAwareSSM(nn.Module):
@@ -42,21 +45,28 @@ class StructureAwareSSM(nn.Module):
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
         dt.add_(torch.log(-torch.expm1(-dt)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mix the pixels of ``x``, (batch, height, width, channels); the output has its shape."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = depthwise_conv(x.permute(0, 3, 1, 2), self.conv.weight, self.conv.bias, 'silu')
-        dt, B, C = self.x_proj(u.permute(0, 2, 3, 1)).split([self.dt_rank, 1, 1], dim=-1)
-        y = structure_aware_scan(
-            u,
-            self.dt_proj(dt).permute(0, 3, 1, 2),
-            -torch.exp(self.A_log.float()),
-            B.permute(0, 3, 1, 2),
-            C.permute(0, 3, 1, 2),
-            self.D,
-            tuple(self.fusion_kernels),
-            self.fusion_alpha,
-            self.dt_bias,
-        )
+    def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
+        """Mix the pixels of ``norm(x)``, (batch, height, width, channels); the output has its shape."""
+        x, z = feed(self.in_proj, Recomputed(norm, x)).chunk(2, dim=-1)
+        weight, bias = self.conv.weight, self.conv.bias
+        fused = fuses_elementwise(x, weight, bias)
+        u = Recomputed(depthwise_conv, x.permute(0, 3, 1, 2), weight, bias, 'silu', cheap=fused)
+        projected = feed(lambda u: self.x_proj(u.permute(0, 2, 3, 1)), u)
+        dt, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
+
+        def scan(u, delta):
+            return structure_aware_scan(
+                u,
+                delta.permute(0, 3, 1, 2),
+                -torch.exp(self.A_log.float()),
+                B.permute(0, 3, 1, 2),
+                C.permute(0, 3, 1, 2),
+                self.D,
+                tuple(self.fusion_kernels),
+                self.fusion_alpha,
+                self.dt_bias,
+            )
+
+        y = feed(scan, u, Recomputed(self.dt_proj, dt)).permute(0, 2, 3, 1)
         norm = self.out_norm
-        return self.out_proj(gated_layer_norm(y.permute(0, 2, 3, 1), z, norm.weight, norm.bias, norm.eps))
+        return feed(self.out_proj, Recomputed(gated_layer_norm, y, z, norm.weight, norm.bias, norm.eps))

@@ -32,11 +32,12 @@ def in_fast_precision(function: Callable, x: torch.Tensor, *parameters: torch.Te
     Returns:
         Tensor: The result, of the dtype that ``function`` would return: autocast's, else x's.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if device != 'cpu' or dtype not in _SLOW_DTYPES:
+    if x.device.type != 'cpu':
         return function(x, *parameters)
-    with torch.autocast(device, enabled=False):
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    if dtype not in _SLOW_DTYPES:
+        return function(x, *parameters)
+    with torch.autocast('cpu', enabled=False):
         promoted = (None if parameter is None else parameter.float() for parameter in parameters)
         return function(x.float(), *promoted).to(dtype)
 
