@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--no-memory', action='store_true', help="don't take the peak memory")
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    prepare(args)
+    prepare(args, for_time=args.memory_of is None)
     more = GPU_INPUTS if args.device == 'cuda' else ()
     inference, training = [*INFERENCE, *more], [*TRAINING, *more]
     if args.quick:

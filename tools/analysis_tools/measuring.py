@@ -57,8 +57,13 @@ def return_freed_memory() -> None:
         mallopt(mmap_threshold, 2**20)
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace, for_time: bool = True) -> None:
     """Check the device, set threads and allocator, and fill in what depends on the device.
+
+    Args:
+        args (argparse.Namespace): The options.
+        for_time (bool): Whether time is to be measured, for which freed memory is kept, and not the memory in use, for
+            which it is returned. Defaults to True.
 
     Raises:
         SystemExit: If the device is not there.
@@ -67,7 +72,9 @@ def prepare(args: argparse.Namespace) -> None:
         raise SystemExit('--device cuda: this PyTorch finds no GPU; use --device cpu')
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.keeps_freed_memory = keep_freed_memory()
+    args.keeps_freed_memory = for_time and keep_freed_memory()
+    if not for_time:
+        return_freed_memory()
     if args.seconds is None:
         args.seconds = 1.0 if args.device == 'cuda' else 20.0
     if args.quick:

@@ -41,7 +41,8 @@ inferencer('IMAGE', out_dir='outputs')""",
         title='semantic segmentation with mmseg',
         metrics={'mIoU': 'mIoU', 'mIoU(ms+flip)': 'mIoU (ms+flip)'},
         input='2048x512',
-        memory='; training memory is with one image of 512x512 (Cityscapes: 1024x512), [on a CPU](../../docs/heads.md)',
+        memory='; training memory is with one image of 512x512 (Cityscapes: two of 1024x512), '
+        '[on a CPU](../../docs/heads.md)',
         task='seg',
         note=DENSE_NOTE,
         example="""from mmseg.apis import MMSegInferencer
