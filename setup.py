@@ -22,7 +22,8 @@ PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
-CPU_KERNELS = [f'csrc/cpu/{path.name}' for path in sorted(ROOT.glob('csrc/cpu/*.cpp')) if path.name != 'ops.cpp']
+CPU_OPS = ['csrc/cpu/inference_ops.cpp', 'csrc/cpu/ops.cpp']
+CPU_KERNELS = sorted({f'csrc/cpu/{path.name}' for path in ROOT.glob('csrc/cpu/*.cpp')} - set(CPU_OPS))
 INSTRUCTION_SETS = {
     'baseline': [],
     'avx2': ['-mavx2', '-mfma'],
@@ -146,7 +147,7 @@ def native_extension(with_cuda: bool) -> Extension:
     Returns:
         Extension: For ``BuildExtension``.
     """
-    sources = ['csrc/extension.cpp', 'csrc/cpu/ops.cpp']
+    sources = ['csrc/extension.cpp', *CPU_OPS]
     libraries = ['c10', 'torch', 'torch_cpu']
     if with_cuda:
         sources += ['csrc/cuda/ops.cpp', *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob('csrc/cuda/*.cu')))]

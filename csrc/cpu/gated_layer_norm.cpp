@@ -31,13 +31,13 @@ void gated_layer_norm(const NormArgs& args, const Matrix& out, int64_t first, in
   const int64_t dim = args.dim, piece = vectors(dim);
   for (int64_t row = first; row < last; ++row) {
     const float* x = read(args.x, row, dim, scratch);
-    const float* gate = read(args.gate, row, dim, scratch + piece);
+    const float* gate = args.gate.data ? read(args.gate, row, dim, scratch + piece) : nullptr;
     float* y = open(out, row, dim, scratch + 2 * piece);
     const Moments m = moments(x, dim, args.eps);
     for (int64_t c = 0; c < dim; c += kLanes) {
       const Vec normed = (load(x + c) - m.mean) * m.scale * load(args.weight + c) + load(args.bias + c);
-      const Vec z = load(gate + c);
-      store(y + c, normed * z * logistic(z));
+      const Vec z = gate ? load(gate + c) : Vec{};
+      store(y + c, gate ? normed * z * logistic(z) : normed);
     }
     written(out, row, dim, y);
   }

@@ -72,7 +72,7 @@ struct Matrix {
 
 struct NormArgs {
   int64_t rows, dim;
-  Matrix x, gate;
+  Matrix x, gate;       // the gate's data may be null: then it is a plain LayerNorm
   const float* weight;  // (dim), with zeros up to vectors(dim)
   const float* bias;    // like weight
   float eps;
@@ -83,6 +83,26 @@ struct GeluArgs {
   Matrix x;
   const float* bias;  // (dim), with zeros up to vectors(dim)
 };
+
+enum class Activation { kNone, kRelu, kGelu };
+
+// y = activation(scale * (x weight^T) + bias) + residual, of floats. The channels of x, residual and y lie side by side.
+struct LinearArgs {
+  int64_t rows, in, out;
+  const float* packed;    // the weights, by pack_linear
+  const float* scale;     // (out), with zeros up to kWidestPanel; or null
+  const float* bias;      // like scale
+  Activation activation;
+  const float* x;
+  int64_t x_row;
+  const float* residual;  // or null
+  int64_t residual_row;
+  float* y;
+  int64_t y_row;
+};
+
+// The weights are packed in panels of so many output channels, or fewer with narrower vectors.
+constexpr int kWidestPanel = 32;
 
 // `dim` floats in whole vectors of any instruction set.
 inline int64_t vectors(int64_t dim) { return (dim + 15) / 16 * 16; }
@@ -117,6 +137,11 @@ struct Kernels {
   // sums: (dim), of the bias
   void (*biased_gelu_backward)(const GeluArgs&, const Matrix& grad, const Matrix& grad_x, float* sums, int64_t first,
                                int64_t last, float* scratch);
+  // Output channels that are packed, and computed, together. A multiple of `tile_rows` rows is best.
+  int64_t panel, tile_rows;
+  // weight: (out, in); packed: `in` * kWidestPanel floats for each kWidestPanel output channels, of which a panel is a part
+  void (*pack_linear)(const float* weight, int64_t out, int64_t in, float* packed, int64_t panel);
+  void (*linear)(const LinearArgs&, int64_t first_panel, int64_t last_panel);
 };
 
 inline int64_t blocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }

@@ -1,13 +1,9 @@
 // Binds the CPU kernels to their ops.
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <memory>
-
 #include "../taps.h"
-#include "kernels.h"
+#include "ops.h"
 
 namespace mmspatialmamba {
 
@@ -25,15 +21,6 @@ extern const Kernels table;
 }
 #endif
 
-namespace {
-
-using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
-using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Tensors11 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                             at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 // The kernels for the instruction set that PyTorch found, or was told by ATEN_CPU_CAPABILITY.
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
@@ -48,6 +35,15 @@ const Kernels& kernels() {
   }();
   return chosen;
 }
+
+namespace {
+
+using Tensors2 = std::tuple<at::Tensor, at::Tensor>;
+using Tensors3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Tensors4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Tensors11 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                             at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Map map_of(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be a CPU tensor as the others are, but is on ", t.device());
@@ -64,24 +60,13 @@ Map map_of(const char* op, const char* name, const at::Tensor& t) {
   return {t.data_ptr(), type, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-at::Tensor floats(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
-std::optional<at::Tensor> floats(const std::optional<at::Tensor>& t) {
-  return t ? std::make_optional(floats(*t)) : std::nullopt;
-}
-
 const float* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 // Runs task(batch, block, scratch) for all of them, with `scratch` floats for each thread.
 template <class Task>
 void parallel(int64_t batch, int64_t dim, int64_t scratch, const Task& task) {
   const int64_t count = blocks(dim);
-  at::parallel_for(0, batch * count, 1, [&](int64_t begin, int64_t end) {
-    const size_t bytes = (scratch * sizeof(float) + 63) / 64 * 64;
-    std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
-    TORCH_CHECK(memory, "no memory for ", bytes, " bytes of scratch space");
-    for (int64_t i = begin; i < end; ++i) task(i / count, i % count, memory.get());
-  });
+  parallel_tasks(batch * count, scratch, [&](int64_t i, float* memory) { task(i / count, i % count, memory); });
 }
 
 at::Tensor as(const at::Tensor& value, const at::Tensor& like) {
@@ -298,11 +283,6 @@ Matrix matrix_of(const char* op, const char* name, const at::Tensor& t) {
 at::Tensor as_matrix(const at::Tensor& t) {
   const at::Tensor flat = t.reshape({-1, t.size(-1)});
   return flat.stride(1) == 1 ? flat : flat.contiguous();
-}
-
-// A vector as floats, with zeros up to whole vectors.
-at::Tensor padded(const at::Tensor& t) {
-  return at::constant_pad_nd(t.to(at::kFloat), {0, vectors(t.size(0)) - t.size(0)}).contiguous();
 }
 
 struct Norm {

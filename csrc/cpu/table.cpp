@@ -1,5 +1,5 @@
 #include "kernels.h"
-#include "vec.h"
+#include "linear.h"
 
 namespace mmspatialmamba {
 namespace ISA {
@@ -18,6 +18,8 @@ void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, co
                                float*);
 void biased_gelu(const GeluArgs&, const Matrix&, int64_t, int64_t, float*);
 void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, float*, int64_t, int64_t, float*);
+void pack_linear(const float*, int64_t, int64_t, float*, int64_t);
+void linear(const LinearArgs&, int64_t, int64_t);
 
 extern const Kernels table;
 #define NAME_OF(x) #x
@@ -34,7 +36,11 @@ const Kernels table{NAME(ISA),
                     gated_layer_norm,
                     gated_layer_norm_backward,
                     biased_gelu,
-                    biased_gelu_backward};
+                    biased_gelu_backward,
+                    kPanel,
+                    kTileRows,
+                    pack_linear,
+                    linear};
 
 }  // namespace ISA
 }  // namespace mmspatialmamba

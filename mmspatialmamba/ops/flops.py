@@ -32,6 +32,10 @@ BACKWARD = {
 }
 # Counted by mmengine and fvcore, not by torch.utils.flop_counter, as PyTorch's LayerNorm is.
 NORM = {'gated_layer_norm': 5}
+# Of the layers that run as one op each in inference: which arguments are weights, each of which is multiplied with every
+# pixel of the output. torch.utils.flop_counter sees them where they are called as functions; a model's modules run one
+# by one while somebody counts.
+_WEIGHTS = {'linear': (1,), 'norm_linear': (4,), 'gated_output': (5, 9), 'norm_mlp': (4, 6), 'conv_layer': (1,)}
 # What a backend fuses is counted under the name of what another leaves to PyTorch.
 _TRACED_AS = {'depthwise_conv': 'conv', 'gated_layer_norm': 'layer_norm'}
 _NAMESPACES = [f'mmspatialmamba_{backend}' for backend in ('torch', 'triton', 'native')]
@@ -65,6 +69,15 @@ def _hook_torch(module: ModuleType) -> None:
 
         return count
 
+    def layer_formula(positions):
+        def count(*shapes, out_shape, **kwargs):
+            return 2 * prod(out_shape[:-1]) * sum(prod(shapes[position]) for position in positions)
+
+        return count
+
+    for op, positions in _WEIGHTS.items():
+        if hasattr(torch.ops.mmspatialmamba_native, op):
+            module.register_flop_formula(getattr(torch.ops.mmspatialmamba_native, op))(layer_formula(positions))
     for namespace in (getattr(torch.ops, name) for name in _NAMESPACES):
         for op in (*FORWARD, *BACKWARD):
             if hasattr(namespace, op):

@@ -9,6 +9,7 @@ from torch import nn
 from mmspatialmamba.ops import biased_gelu, depthwise_conv
 from mmspatialmamba.ops.backend import fuses_elementwise
 
+from . import inference
 from .mixer import StructureAwareSSM
 from .precision import Linear, in_fast_precision
 from .recompute import Recomputed, feed, recompute
@@ -62,8 +63,12 @@ class SpatialMambaBlock(nn.Module):
         self.ln2 = nn.LayerNorm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self._own_types = (type(self), StructureAwareSSM, MLP, Linear, nn.Conv2d, nn.LayerNorm, nn.ParameterList)
+        self._own_types += (DropPath, nn.Identity)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if inference.can_fuse(self, x, self._own_types):
+            return inference.block(self, x)
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
         x = (x + self.drop_path(self.mixer(x, self.ln1))).permute(0, 3, 1, 2)
         x = depthwise_conv(x, self.cpe2.weight, self.cpe2.bias, 'residual').permute(0, 2, 3, 1)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import inference
 from .precision import Conv2d, in_fast_precision
 from .recompute import recompute
 
@@ -58,6 +59,9 @@ class ConvLayer(nn.Sequential):
             self.act = nn.ReLU(inplace=True)
 
 
+_OWN_TYPES = (ConvLayer, PointwiseConv, Conv2d, nn.Sequential, nn.ReLU)
+
+
 class Stem(nn.Module):
     """Image to tokens at a quarter of the resolution, with overlapping convolutions and a residual branch.
 
@@ -84,6 +88,8 @@ class Stem(nn.Module):
         )
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if inference.can_fuse(self, x, (Stem, *_OWN_TYPES)):
+            return inference.stem(self, x)
         x = self.conv1(x)
         return self.conv3(x + self.conv2(x))
 
@@ -113,4 +119,6 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to (batch, 2 * channels, ceil(height / 2), ceil(width / 2))."""
+        if inference.can_fuse(self, x, (Downsample, *_OWN_TYPES)):
+            return inference.downsample(self, x)
         return recompute(self, super().forward, x) if self.with_cp else super().forward(x)

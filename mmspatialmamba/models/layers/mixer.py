@@ -45,6 +45,23 @@ class StructureAwareSSM(nn.Module):
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
         dt.add_(torch.log(-torch.expm1(-dt)))
 
+    def scan(self, u: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        """Structure-aware scan of (batch, inner, height, width) with (batch, height, width, inner or 1) of the others.
+
+        The output is (batch, height, width, inner).
+        """
+        return structure_aware_scan(
+            u,
+            delta.permute(0, 3, 1, 2),
+            -torch.exp(self.A_log.float()),
+            B.permute(0, 3, 1, 2),
+            C.permute(0, 3, 1, 2),
+            self.D,
+            tuple(self.fusion_kernels),
+            self.fusion_alpha,
+            self.dt_bias,
+        ).permute(0, 2, 3, 1)
+
     def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
         """Mix the pixels of ``norm(x)``, (batch, height, width, channels); the output has its shape."""
         x, z = feed(self.in_proj, Recomputed(norm, x)).chunk(2, dim=-1)
@@ -54,19 +71,6 @@ class StructureAwareSSM(nn.Module):
         projected = feed(lambda u: self.x_proj(u.permute(0, 2, 3, 1)), u)
         dt, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
 
-        def scan(u, delta):
-            return structure_aware_scan(
-                u,
-                delta.permute(0, 3, 1, 2),
-                -torch.exp(self.A_log.float()),
-                B.permute(0, 3, 1, 2),
-                C.permute(0, 3, 1, 2),
-                self.D,
-                tuple(self.fusion_kernels),
-                self.fusion_alpha,
-                self.dt_bias,
-            )
-
-        y = feed(scan, u, Recomputed(self.dt_proj, dt)).permute(0, 2, 3, 1)
+        y = feed(lambda u, delta: self.scan(u, delta, B, C), u, Recomputed(self.dt_proj, dt))
         norm = self.out_norm
         return feed(self.out_proj, Recomputed(gated_layer_norm, y, z, norm.weight, norm.bias, norm.eps))

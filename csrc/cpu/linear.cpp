@@ -1,0 +1,168 @@
+#include "linear.h"
+
+#include "kernels.h"
+#include "normal.h"
+
+namespace mmspatialmamba {
+namespace ISA {
+
+namespace {
+
+// Input channels at a time: that many of a panel of weights stay in the first cache beside those of a tile's rows.
+constexpr int64_t kChunk = 128;
+
+// Where a panel of weights is packed, as (channels of the chunk, kPanel).
+ALWAYS_INLINE int64_t packed_at(int64_t out, int64_t first, int64_t size, int64_t panel) {
+  return first * ((out + kPanel - 1) / kPanel * kPanel) + panel * size * kPanel;
+}
+
+ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Activate>
+ALWAYS_INLINE Vec finished(const LinearArgs& args, Vec value, Vec residual, int64_t c, const Activate& activate) {
+  if (args.scale) value *= load(args.scale + c);
+  if (args.bias) value += load(args.bias + c);
+  return activate(value) + residual;
+}
+
+// A panel of some rows of y, now that all products are in it.
+template <class Activate>
+ALWAYS_INLINE void finish_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t column, int64_t width,
+                               const Activate& activate) {
+  for (int64_t i = row; i < row + rows; ++i) {
+    float* y = args.y + i * args.y_row;
+    const float* residual = args.residual ? args.residual + i * args.residual_row : nullptr;
+    int64_t c = column;
+    for (; c + kLanes <= column + width; c += kLanes) {
+      store(y + c, finished(args, load(y + c), residual ? load(residual + c) : Vec{}, c, activate));
+    }
+    if (c == column + width) continue;
+    const size_t rest = (column + width - c) * sizeof(float);
+    Vec value{}, added{};
+    memcpy(&value, y + c, rest);
+    if (residual) memcpy(&added, residual + c, rest);
+    value = finished(args, value, added, c, activate);
+    memcpy(y + c, &value, rest);
+  }
+}
+
+__attribute__((noinline)) void finish(const LinearArgs& args, int64_t row, int64_t rows, int64_t column,
+                                      int64_t width) {
+  switch (args.activation) {
+    case Activation::kNone: return finish_rows(args, row, rows, column, width, [](Vec x) { return x; });
+    case Activation::kRelu:
+      return finish_rows(args, row, rows, column, width, [](Vec x) { return x < 0.f ? Vec{} : x; });
+    case Activation::kGelu:
+      return finish_rows(args, row, rows, column, width, [](Vec x) { return x * normal(x).distribution; });
+  }
+}
+
+// Adds the products of `size` channels, from `first` on, to a tile of y.
+template <int kRows>
+ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t first,
+                        int64_t size) {
+  const int64_t column = panel * kPanel, width = smaller(kPanel, args.out - column), x_row = args.x_row;
+  Vec total[kRows][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = Vec{};
+  const float* x = args.x + row * x_row + first;
+  const float* weight = args.packed + packed_at(args.out, first, size, panel);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < size; ++k, weight += kPanel) {
+    const Vec left = load(weight), right = load(weight + kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec value = broadcast(x[i * x_row + k]);
+      total[i][0] += value * left;
+      total[i][1] += value * right;
+    }
+  }
+
+  alignas(64) float spare[kRows * kPanel];
+  float* y = args.y + row * args.y_row + column;
+  const bool whole = width == kPanel;
+  float* target = whole ? y : spare;
+  const int64_t step = whole ? args.y_row : kPanel;
+  if (first > 0) {
+    for (int i = 0; i < kRows && !whole; ++i) memcpy(spare + i * kPanel, y + i * args.y_row, width * sizeof(float));
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      total[i][0] += load(target + i * step);
+      total[i][1] += load(target + i * step + kLanes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    store(target + i * step, total[i][0]);
+    store(target + i * step + kLanes, total[i][1]);
+  }
+  for (int i = 0; i < kRows && !whole; ++i) memcpy(y + i * args.y_row, spare + i * kPanel, width * sizeof(float));
+  const bool finishes = args.scale || args.bias || args.residual || args.activation != Activation::kNone;
+  if (finishes && first + size == args.in) finish(args, row, kRows, column, width);
+}
+
+// A square of kLanes rows, `row` floats apart, to one of rows kPanel apart.
+ALWAYS_INLINE void transpose(const float* source, int64_t row, float* target) {
+#if defined(__clang__)
+  for (int i = 0; i < kLanes; ++i) {
+    for (int c = 0; c < kLanes; ++c) target[i * kPanel + c] = source[c * row + i];
+  }
+#else
+  Vec square[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) square[i] = load(source + i * row);
+  // Each step swaps blocks of `half` floats between the rows of a pair that are `half` apart.
+#pragma GCC unroll 4
+  for (int half = 1; half < kLanes; half *= 2) {
+    IntVec low, high;
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) {
+      low[c] = c & half ? kLanes + c - half : c;
+      high[c] = c & half ? kLanes + c : c + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & half) continue;
+      const Vec a = square[i], b = square[i + half];
+      square[i] = __builtin_shuffle(a, b, low);
+      square[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(target + i * kPanel, square[i]);
+#endif
+}
+
+}  // namespace
+
+void pack_linear(const float* weight, int64_t out, int64_t in, float* packed, int64_t panel) {
+  const int64_t column = panel * kPanel, width = smaller(kPanel, out - column);
+  for (int64_t first = 0; first < in; first += kChunk) {
+    const int64_t size = smaller(kChunk, in - first);
+    const float* source = weight + column * in + first;
+    float* target = packed + packed_at(out, first, size, panel);
+    if (width < kPanel) memset(target, 0, size * kPanel * sizeof(float));
+    int64_t k = 0;
+    for (; k + kLanes <= size && width == kPanel; k += kLanes) {
+      transpose(source + k, in, target + k * kPanel);
+      transpose(source + kLanes * in + k, in, target + k * kPanel + kLanes);
+    }
+    for (; k < size; ++k) {
+      for (int64_t c = 0; c < width; ++c) target[k * kPanel + c] = source[c * in + k];
+    }
+  }
+}
+
+void linear(const LinearArgs& args, int64_t first_panel, int64_t last_panel) {
+  for (int64_t first = 0; first < args.in; first += kChunk) {
+    const int64_t size = smaller(kChunk, args.in - first);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      int64_t row = 0;
+      for (; row + kTileRows <= args.rows; row += kTileRows) tile<kTileRows>(args, row, panel, first, size);
+      for (; row < args.rows; ++row) tile<1>(args, row, panel, first, size);
+    }
+  }
+}
+
+}  // namespace ISA
+}  // namespace mmspatialmamba

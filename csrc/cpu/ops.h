@@ -1,0 +1,54 @@
+// What the files that bind CPU kernels to ops share.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "kernels.h"
+
+namespace mmspatialmamba {
+
+const Kernels& kernels();
+
+using Scratch = std::unique_ptr<float, decltype(&std::free)>;
+
+// Memory for one thread's use.
+inline Scratch allocate(int64_t count) {
+  const size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
+  Scratch memory(static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
+  TORCH_CHECK(memory || bytes == 0, "no memory for ", bytes, " bytes of scratch space");
+  return memory;
+}
+
+// Runs task(index, scratch) for all indices, each by the thread that is free next, with `scratch` floats for each thread.
+// What a task computes must not depend on the thread.
+template <class Task>
+void parallel_tasks(int64_t count, int64_t scratch, const Task& task) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    const Scratch memory = allocate(scratch);
+    // One index of this loop is a thread's share, but torch may give a thread several.
+    for (int64_t share = begin; share < end; ++share) {
+      for (int64_t i = next++; i < count; i = next++) task(i, memory.get());
+    }
+  });
+}
+
+inline at::Tensor floats(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+inline std::optional<at::Tensor> floats(const std::optional<at::Tensor>& t) {
+  return t ? std::make_optional(floats(*t)) : std::nullopt;
+}
+
+// A vector as floats, with zeros up to a multiple of `unit`: by default whole vectors of any instruction set.
+inline at::Tensor padded(const at::Tensor& t, int64_t unit = vectors(1)) {
+  const int64_t missing = (unit - t.size(0) % unit) % unit;
+  return missing ? at::constant_pad_nd(floats(t), {0, missing}) : floats(t);
+}
+
+}  // namespace mmspatialmamba

@@ -1,0 +1,103 @@
+"""What the layers compute where no gradients are needed, in as few ops as there are.
+
+A layer is computed this way if it is as it was built: in evaluation mode, all its modules of their own types, without
+hooks, all its parameters in float32. Else, say with LoRA's modules within or with a hook that collects features, each
+module is called.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmspatialmamba.ops import depthwise_conv, structure_aware_scan
+from mmspatialmamba.ops.inference import conv_layer, fuses_layers, gated_output, linear, norm_linear, norm_mlp
+
+# A downsampling layer's hidden maps are computed in groups of channels of at most so many elements: glibc takes larger
+# memory, of 32 MiB, from the system at each allocation and gives it back, which costs more than to fill it.
+_GROUP_ELEMENTS = 2**22
+
+
+def _is_plain(module: nn.Module, own_types: tuple[type, ...]) -> bool:
+    """Whether a module is as it was built, see above."""
+    hooks = nn.modules.module
+    if module.training or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return False
+    return all(
+        (type(m) in own_types or (isinstance(m, _BatchNorm) and m.track_running_stats and m.affine))
+        and not m._forward_hooks
+        and not m._forward_pre_hooks
+        and not m.training
+        and all(p is None or p.dtype == torch.float32 for p in m._parameters.values())
+        for m in module.modules()
+    )
+
+
+def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> bool:
+    """Whether to compute a layer by this module's functions.
+
+    Args:
+        module (nn.Module): The layer.
+        x (Tensor): Its input.
+        own_types (tuple[type]): Types of the layer and of the modules within, but for BatchNorm.
+    """
+    return fuses_layers(x) and _is_plain(module, own_types)
+
+
+def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A :class:`SpatialMambaBlock`'s output for (batch, channels, height, width)."""
+    mixer, mlp = module.mixer, module.mlp
+    x = depthwise_conv(x, module.cpe1.weight, module.cpe1.bias, 'residual').permute(0, 2, 3, 1)
+    into_scan, into_gate = mixer.in_proj.weight.chunk(2)
+    u = norm_linear(x, module.ln1, into_scan).permute(0, 3, 1, 2)
+    u = depthwise_conv(u, mixer.conv.weight, mixer.conv.bias, 'silu')
+    dt, B, C = linear(u.permute(0, 2, 3, 1), mixer.x_proj.weight).split([mixer.dt_rank, 1, 1], dim=-1)
+    y = mixer.scan(u, linear(dt, mixer.dt_proj.weight), B, C)
+    x = gated_output(y, x, module.ln1, into_gate, mixer.out_norm, mixer.out_proj.weight).permute(0, 3, 1, 2)
+    x = depthwise_conv(x, module.cpe2.weight, module.cpe2.bias, 'residual').permute(0, 2, 3, 1)
+    x = norm_mlp(x, module.ln2, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    return x.permute(0, 3, 1, 2)
+
+
+def _affine(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scale and bias of each channel after a ConvLayer's product, from its bias and its BatchNorm."""
+    bias = layer.conv.bias
+    if not hasattr(layer, 'norm'):
+        return None, bias
+    norm = layer.norm
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    mean = norm.running_mean if bias is None else norm.running_mean - bias
+    return scale, norm.bias - mean * scale
+
+
+def _conv(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """A ConvLayer's output, plus ``residual``, both maps channels last in shape."""
+    scale, bias = _affine(layer)
+    conv = layer.conv
+    return conv_layer(x, conv.weight, scale, bias, hasattr(layer, 'act'), conv.stride[0], residual)
+
+
+def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A :class:`Stem`'s output for (batch, in_channels, height, width)."""
+    x = _conv(module.conv1, x.permute(0, 2, 3, 1))
+    x = _conv(module.conv2[1], _conv(module.conv2[0], x), residual=x)
+    for layer in module.conv3:
+        x = _conv(layer, x)
+    return x.permute(0, 3, 1, 2)
+
+
+def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A :class:`Downsample`'s output for (batch, channels, height, width)."""
+    widen, depthwise, narrow = module
+    pixels = x.numel() // x.shape[1]
+    group = max(_GROUP_ELEMENTS // max(pixels, 1) // 32 * 32, 32)
+    weights = (widen.conv.weight, widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
+    scale, bias = _affine(narrow)
+    x, out = x.permute(0, 2, 3, 1), None
+    for w1, b1, w2, b2, w3 in zip(*(w.split(group) for w in weights), narrow.conv.weight.split(group, dim=1)):
+        hidden = conv_layer(x, w1, bias=b1, relu=True).permute(0, 3, 1, 2)
+        hidden = F.conv2d(hidden, w2, b2, stride=2, padding=1, groups=len(w2)).relu_().permute(0, 2, 3, 1)
+        out = conv_layer(hidden, w3, scale, bias if out is None else None, residual=out)
+    return out.permute(0, 3, 1, 2)

@@ -1,0 +1,134 @@
+"""Layers of the network as one op each, where no gradients are needed: native backend, CPU, float32.
+
+What lies between their steps stays in the processor's caches, so it costs neither memory nor the time to write it there.
+:func:`fuses_layers` tells whether they can run. None of them has a backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import backend
+
+
+def fuses_layers(x: torch.Tensor) -> bool:
+    """Whether the functions of this module can run on an input, and nothing asks for more than their results.
+
+    Gradients, autocast, ``torch.compile``, export and tracing do ask for more.
+
+    Args:
+        x (Tensor): The input.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or x.dtype != torch.float32
+        or x.device.type != 'cpu'
+        or torch.is_autocast_enabled('cpu')
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ) and backend.fuses_elementwise(x)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``F.linear(x, weight)``; faster than PyTorch's for few channels.
+
+    Args:
+        x (Tensor): Input, (..., in), float32.
+        weight (Tensor): Weight, (out, in), float32.
+
+    Returns:
+        Tensor: (..., out), float32.
+    """
+    return torch.ops.mmspatialmamba_native.linear(x, weight)
+
+
+def norm_linear(x: torch.Tensor, norm: torch.nn.LayerNorm, weight: torch.Tensor) -> torch.Tensor:
+    """``F.linear(norm(x), weight)``.
+
+    Args:
+        x (Tensor): Input, (..., in), float32.
+        norm (nn.LayerNorm): Over the last dimension, with weight and bias.
+        weight (Tensor): Weight, (out, in), float32.
+
+    Returns:
+        Tensor: (..., out), float32.
+    """
+    return torch.ops.mmspatialmamba_native.norm_linear(x, norm.weight, norm.bias, norm.eps, weight)
+
+
+def gated_output(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    norm: torch.nn.LayerNorm,
+    gate_weight: torch.Tensor,
+    out_norm: torch.nn.LayerNorm,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """``x + F.linear(out_norm(y) * silu(F.linear(norm(x), gate_weight)), weight)``, which ends a mixer (figure 3).
+
+    Args:
+        y (Tensor): Output of the scan, (..., inner), float32.
+        x (Tensor): The mixer's input, (..., dim), float32.
+        norm (nn.LayerNorm): That before the mixer, over ``dim``.
+        gate_weight (Tensor): Weight of the gate, (inner, dim), float32.
+        out_norm (nn.LayerNorm): That after the scan, over ``inner``.
+        weight (Tensor): Weight of the output's projection, (dim, inner), float32.
+
+    Returns:
+        Tensor: Shape of ``x``, float32.
+    """
+    return torch.ops.mmspatialmamba_native.gated_output(
+        y, x, norm.weight, norm.bias, norm.eps, gate_weight, out_norm.weight, out_norm.bias, out_norm.eps, weight
+    )
+
+
+def norm_mlp(
+    x: torch.Tensor,
+    norm: torch.nn.LayerNorm,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+) -> torch.Tensor:
+    """``x + F.linear(gelu(F.linear(norm(x), weight1, bias1)), weight2, bias2)``, which ends a block (figure 3).
+
+    Args:
+        x (Tensor): Input, (..., dim), float32.
+        norm (nn.LayerNorm): That before the MLP, over ``dim``.
+        weight1 (Tensor): (hidden, dim), float32.
+        bias1 (Tensor): (hidden,), float32.
+        weight2 (Tensor): (dim, hidden), float32.
+        bias2 (Tensor): (dim,), float32.
+
+    Returns:
+        Tensor: Shape of ``x``, float32.
+    """
+    return torch.ops.mmspatialmamba_native.norm_mlp(
+        x, norm.weight, norm.bias, norm.eps, weight1, bias1, weight2, bias2
+    )
+
+
+def conv_layer(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    relu: bool = False,
+    stride: int = 1,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A convolution of channels-last maps, then ``scale * it + bias`` of each channel, ReLU, and ``+ residual``.
+
+    Args:
+        x (Tensor): Input, (batch, height, width, in), float32.
+        weight (Tensor): (out, in, 3, 3), for zero padding of 1, or (out, in, 1, 1); float32.
+        scale (Tensor, optional): (out,). Defaults to None.
+        bias (Tensor, optional): (out,). Defaults to None.
+        relu (bool): Defaults to False.
+        stride (int): That of a 3x3 convolution. Defaults to 1.
+        residual (Tensor, optional): Of the output's shape. Defaults to None.
+
+    Returns:
+        Tensor: (batch, ceil(height / stride), ceil(width / stride), out), float32.
+    """
+    return torch.ops.mmspatialmamba_native.conv_layer(x, weight, scale, bias, relu, stride, residual)

@@ -1,0 +1,134 @@
+"""Without gradients, the layers run in fewer ops and compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmspatialmamba import ops
+from mmspatialmamba.models import SpatialMamba
+from mmspatialmamba.models.layers import inference
+
+pytestmark = pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+SMALL = dict(embed_dims=16, depths=(1, 2, 1, 1))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = SpatialMamba(SMALL)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Names of the layers that were fused."""
+    names = []
+    for name in ('block', 'stem', 'downsample'):
+        function = getattr(inference, name)
+        monkeypatch.setattr(inference, name, lambda *args, f=function, n=name: names.append(n) or f(*args))
+    return names
+
+
+def relative_difference(a, b):
+    return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (3, 65), (64, 96), (130, 34)], ids=str)
+def test_outputs_are_those_of_the_modules(model, fused, size):
+    image = torch.randn(2, 3, *size)
+    expected = [output.detach() for output in model(image)]
+    assert fused == []
+    with torch.no_grad():
+        outputs = model(image)
+    assert fused.count('block') == 5 and fused.count('stem') == 1 and fused.count('downsample') == 3
+    assert relative_difference(outputs, expected) < 1e-5
+    assert [o.stride() for o in outputs] == [e.stride() for e in expected]
+
+
+def test_maps_of_many_groups(model, fused, monkeypatch):
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        whole = model(image)
+        monkeypatch.setattr(inference, '_GROUP_ELEMENTS', 1)
+        assert relative_difference(model(image), whole) < 1e-5
+    assert 'downsample' in fused
+
+
+def test_hooks_within_a_layer_are_called(model, fused):
+    seen = []
+    hooks = [
+        model.stages[1][0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape)),
+        model.stem.conv2.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)),
+    ]
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    # As an MLP that adds fc1's bias in GELU, it calls no fc1 at all.
+    assert seen[0] == (1, 8, 16, 16)
+    assert fused.count('block') == 4 and 'stem' not in fused
+    for hook in hooks:
+        hook.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    fused.clear()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    handle.remove()
+    assert fused == []
+
+
+def test_replaced_modules_are_called(model, fused):
+    class Adapted(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.weight = linear, linear.weight
+
+        def forward(self, x):
+            return self.linear(x) + 1
+
+    block = model.stages[2][0]
+    block.mixer.out_proj = Adapted(block.mixer.out_proj)
+    image = torch.randn(1, 3, 32, 32)
+    expected = [output.detach() for output in model(image)]
+    with torch.no_grad():
+        assert relative_difference(model(image), expected) < 1e-5
+    assert fused.count('block') == 4
+
+
+def test_layers_in_training_mode_are_not_fused(model, fused):
+    model.train()
+    before = model.stem.conv1.norm.running_mean.clone()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert fused == []
+    assert not torch.equal(model.stem.conv1.norm.running_mean, before)
+
+
+def test_other_norms_are_not_folded(fused):
+    model = SpatialMamba(SMALL, norm_cfg=dict(type='GN', num_groups=2)).eval()
+    image = torch.randn(1, 3, 32, 32)
+    expected = [output.detach() for output in model(image)]
+    with torch.no_grad():
+        assert relative_difference(model(image), expected) < 1e-5
+    assert fused == ['block'] * 5
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_not_fused(model, fused, dtype):
+    with torch.no_grad():
+        outputs = model.to(dtype)(torch.randn(1, 3, 32, 32, dtype=dtype))
+    assert fused == []
+    assert all(output.dtype == dtype and output.isfinite().all() for output in outputs)
+
+
+def test_mixed_dtypes_are_not_fused(model, fused):
+    model.stages[0][0].mixer.D.data = model.stages[0][0].mixer.D.data.bfloat16()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert fused.count('block') == 4
