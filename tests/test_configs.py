@@ -102,6 +102,7 @@ def test_names_the_plugin_and_no_other_weights(path):
     assert path.stem == FSDP or cfg.default_hooks.load_audit.type == 'LoadAuditHook'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', FILES.values(), ids=FILES)
 def test_builds_at_its_own_size(path):
     cfg = load(path)
@@ -113,6 +114,7 @@ def test_builds_at_its_own_size(path):
     assert [backbone.out_channels[i] for i in backbone.out_indices] == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stem', MASK2FORMERS)
 def test_mask2former_decays_no_norm_and_trains_the_backbone_at_a_tenth(stem):
     cfg = load(FILES[stem])

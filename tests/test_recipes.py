@@ -354,6 +354,7 @@ def warm_up_then_line(t):
     return 6e-5 * np.where(t < 1500, rising, 1 - (t - 1500) / (160_000 - 1500 - 1))
 
 
+@pytest.mark.slow
 @every_config
 def test_learning_rate_of_every_iteration(stem):
     cfg = config(stem)
@@ -464,6 +465,7 @@ def page(keys):
     return PAGE.read_text().split(MARK)[0] + MARK + '\n' + tables(keys)
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date(keys):
     assert PAGE.read_text() == page(keys), 'run: python tests/test_recipes.py'
 

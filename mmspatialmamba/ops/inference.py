@@ -103,9 +103,7 @@ def norm_mlp(
     Returns:
         Tensor: Shape of ``x``, float32.
     """
-    return torch.ops.mmspatialmamba_native.norm_mlp(
-        x, norm.weight, norm.bias, norm.eps, weight1, bias1, weight2, bias2
-    )
+    return torch.ops.mmspatialmamba_native.norm_mlp(x, norm.weight, norm.bias, norm.eps, weight1, bias1, weight2, bias2)
 
 
 def conv_layer(

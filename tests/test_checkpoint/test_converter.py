@@ -162,6 +162,7 @@ def test_broken_files(tmp_path, kind):
     assert not (tmp_path / 'witness').exists()
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_and_write_nothing(tmp_path):
     (tmp_path / 'b.pth').write_bytes(b'before')
     result = run(write_broken('os.system', tmp_path), tmp_path / 'b.pth')

@@ -106,6 +106,7 @@ def load_by_api(library, path, work_dir):
     return getattr(module, APIS[library])(load_config(library), path, device='cpu')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('load', [load_by_runner, load_by_api], ids=['runner', 'api'])
 def test_classifier(classifier_file, goldens, tmp_path, load):
     check_logits(load('mmpretrain', classifier_file, tmp_path), goldens)
@@ -122,6 +123,7 @@ def test_detector_and_segmentor(dense_files, goldens, tmp_path, library, load):
     assert heads and all(torch.equal(value, saved[name]) for name, value in heads.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['SpatialMamba', 'MM_SpatialMamba', 'load_checkpoint'])
 def test_backbone_from_a_detectors_file(dense_files, goldens, name):
     path = dense_files['mmdet']

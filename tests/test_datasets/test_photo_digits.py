@@ -189,6 +189,7 @@ def test_digits_contrast_with_their_surroundings(data_root):
     assert np.median(contrasts) >= 0.5
 
 
+@pytest.mark.slow
 def test_digits_are_readable():
     """Neighbours among the training scans name most digits cut out of validation images."""
 

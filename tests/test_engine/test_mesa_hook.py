@@ -138,6 +138,7 @@ def losses_by_hand(models, inputs, scores, rng_state, autocast, with_mesa):
     return loss, -1.5 * (targets * log_softmax(output, 1)).sum(1).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulative_counts', [1, 2])
 @pytest.mark.parametrize('amp', [False, True], ids=['float32', 'amp'])
 def test_losses_and_gradients_are_those_computed_by_hand(tmp_path, amp, accumulative_counts):
@@ -252,6 +253,7 @@ def states(runner):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [1, 2], ids=['before-the-start', 'past-the-start'])
 def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path, stop):
     (tmp_path / 'whole').mkdir()

@@ -30,6 +30,7 @@ def test_a_signal_interrupts(signum, error):
     assert signal.alarm(0) == 0
 
 
+@pytest.mark.slow
 def test_a_swallowed_interrupt_is_repeated():
     begin, swallowed = time.monotonic(), False
     with pytest.raises(launch.Interrupted), launch.interruptible():

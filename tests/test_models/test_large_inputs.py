@@ -197,6 +197,7 @@ def detection_sample(height, width):
 SAMPLES = {'mmseg': segmentation_sample, 'mmdet': detection_sample}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
 @pytest.mark.parametrize('channels', [1, 4, 13])
 def test_other_channel_counts_train_and_predict(scope, channels):

@@ -52,6 +52,7 @@ def test_gradients_under_autocast_of_either_pass(forward, backward):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     torch.manual_seed(0)
     block = SpatialMambaBlock(4).double()

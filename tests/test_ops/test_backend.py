@@ -152,6 +152,7 @@ def test_ops_need_torch_alone():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
 @pytest.mark.parametrize('capability, expected', [('avx512', 'avx512'), ('avx2', 'avx2'), ('default', 'baseline')])
 def test_native_runs_on_the_instruction_set_that_torch_chose(capability, expected):

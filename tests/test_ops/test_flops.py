@@ -143,6 +143,7 @@ print([handles[n.kind()](list(n.inputs()), list(n.outputs())) for n in graph.nod
 """
 
 
+@pytest.mark.slow
 def test_fvcore_is_told_when_imported_and_nothing_is_imported_for_it(tmp_path):
     (tmp_path / 'fvcore' / 'nn').mkdir(parents=True)
     (tmp_path / 'fvcore' / 'nn' / 'flop_count.py').write_text('_DEFAULT_SUPPORTED_OPS = {}\n')

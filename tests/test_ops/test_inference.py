@@ -77,17 +77,17 @@ def test_norm_mlp(rows, channels, hidden):
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [(1, 1, 1, 3), (2, 1, 5, 4), (1, 9, 2, 3), (2, 8, 7, 33), (1, 16, 13, 64)], ids=str)
-@pytest.mark.parametrize('finish', [{}, {'relu'}, {'scale', 'bias'}, {'bias', 'relu', 'residual'}], ids=str)
+@pytest.mark.parametrize('finish', ['', 'relu', 'scale bias', 'bias relu residual'])
 def test_convolution(size, stride, finish):
     batch, height, width, channels = size
     x, weight = torch.randn(size), make_weight(19, channels, 3, 3)
     given = {'scale': torch.rand(19), 'bias': torch.randn(19)}
     given['residual'] = torch.randn(batch, (height - 1) // stride + 1, (width - 1) // stride + 1, 19)
-    given = {name: value for name, value in given.items() if name in finish}
+    given = {name: value for name, value in given.items() if name in finish.split()}
     expected = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), stride=stride, padding=1).permute(0, 2, 3, 1)
     expected = expected * given.get('scale', 1) + given.get('bias', 0)
-    expected = (expected.relu() if 'relu' in finish else expected) + given.get('residual', 0)
-    out = conv_layer(x, weight, relu='relu' in finish, stride=stride, **given)
+    expected = (expected.relu() if 'relu' in finish.split() else expected) + given.get('residual', 0)
+    out = conv_layer(x, weight, relu='relu' in finish.split(), stride=stride, **given)
     assert out.shape == expected.shape
     assert relative_error(out, expected) < 2e-6
 

@@ -153,6 +153,7 @@ def test_gpu_check_goes_on_after_a_failure_and_fails(tmp_path):
     assert log.splitlines()[-1].startswith('gpu_check.sh: failed: tests; see ')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
     result = run('bash', TOOLS / 'gpu_check.sh', tmp_path / 'out', PYTHON=sys.executable)

@@ -53,6 +53,7 @@ def get_memory(cwd, *args):
     return run_script(sys.executable, TOOLS / 'get_memory.py', *args, '--device', 'cpu', cwd=cwd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', DEMO)
 @pytest.mark.parametrize('training', [False, True], ids=['prediction', 'training'])
 def test_figures_of_the_demo_s_models(tools, scope, training):

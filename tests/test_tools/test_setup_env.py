@@ -97,6 +97,7 @@ class TestChoice:
 
 
 class TestFailure:
+    @pytest.mark.slow
     def test_shows_command_log_and_advice_and_the_next_run_goes_on(self, checkout, tmp_path):
         borrowing_venv(tmp_path / 'own')
         (tmp_path / 'empty').mkdir()
@@ -213,6 +214,7 @@ def write_distribution(site_packages, name, module, code):
 
 
 class TestOpenCV:
+    @pytest.mark.slow
     def test_absent_is_installed_broken_is_replaced_working_is_kept(self, isolated, capsys):
         env, site_packages, _ = isolated
         (pin,) = (r for r in env.requirements('runtime') if r.startswith('opencv-python-headless'))
@@ -288,6 +290,7 @@ class TestMmcv:
         assert 'compiling' not in capsys.readouterr().out
         assert (site_packages / 'mmcv' / '_ext.py').read_text() == 'prebuilt = True'
 
+    @pytest.mark.slow
     def test_a_wheel_that_does_not_load_is_rebuilt_once(self, isolated, sources, capsys):
         env, site_packages, links = isolated
         self.write_wheel(links, 'raise ImportError("undefined symbol: _ZN5torch")')
@@ -299,6 +302,7 @@ class TestMmcv:
         setup_env.install_mmcv(env)
         assert 'compiling' not in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_without_a_wheel_it_is_compiled(self, isolated, sources, capsys):
         env, site_packages, _ = isolated
         setup_env.install_mmcv(env)
