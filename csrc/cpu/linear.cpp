@@ -101,6 +101,14 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
   if (finishes && first + size == args.in) finish(args, row, kRows, column, width);
 }
 
+// A tile of at most kRows rows.
+template <int kRows>
+ALWAYS_INLINE void last_tile(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel, int64_t first,
+                             int64_t size) {
+  if (rows == kRows) return tile<kRows>(args, row, panel, first, size);
+  if constexpr (kRows > 1) last_tile<kRows - 1>(args, row, rows, panel, first, size);
+}
+
 // A square of kLanes rows, `row` floats apart, to one of rows kPanel apart.
 ALWAYS_INLINE void transpose(const float* source, int64_t row, float* target) {
 #if defined(__clang__)
@@ -159,7 +167,7 @@ void linear(const LinearArgs& args, int64_t first_panel, int64_t last_panel) {
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       int64_t row = 0;
       for (; row + kTileRows <= args.rows; row += kTileRows) tile<kTileRows>(args, row, panel, first, size);
-      for (; row < args.rows; ++row) tile<1>(args, row, panel, first, size);
+      last_tile<kTileRows - 1>(args, row, args.rows - row, panel, first, size);
     }
   }
 }

@@ -70,8 +70,7 @@ def test_hooks_within_a_layer_are_called(model, fused):
     ]
     with torch.no_grad():
         model(torch.randn(1, 3, 32, 32))
-    # As an MLP that adds fc1's bias in GELU, it calls no fc1 at all.
-    assert seen[0] == (1, 8, 16, 16)
+    assert seen == [(1, 8, 16, 16), (1, 4, 4, 128)]
     assert fused.count('block') == 4 and 'stem' not in fused
     for hook in hooks:
         hook.remove()
@@ -83,22 +82,32 @@ def test_hooks_within_a_layer_are_called(model, fused):
     assert fused == []
 
 
-def test_replaced_modules_are_called(model, fused):
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', ''])
+@pytest.mark.parametrize('name', ['mixer.in_proj', 'mixer.out_proj', 'mlp.fc1', 'mlp.fc2'])
+def test_replaced_modules_are_called(model, fused, name, grad):
     class Adapted(nn.Module):
+        """As LoRA's modules, which hold the one that they replace."""
+
         def __init__(self, linear):
             super().__init__()
-            self.linear, self.weight = linear, linear.weight
+            self.linear = linear
 
         def forward(self, x):
             return self.linear(x) + 1
 
-    block = model.stages[2][0]
-    block.mixer.out_proj = Adapted(block.mixer.out_proj)
-    image = torch.randn(1, 3, 32, 32)
-    expected = [output.detach() for output in model(image)]
-    with torch.no_grad():
-        assert relative_difference(model(image), expected) < 1e-5
-    assert fused.count('block') == 4
+    block, image = model.stages[2][0], torch.randn(1, 3, 32, 32)
+    with torch.set_grad_enabled(grad):
+        before = model(image)
+        fused.clear()
+        parent, child = name.split('.')
+        module = block.get_submodule(parent)
+        setattr(module, child, Adapted(getattr(module, child)))
+        outputs = model(image)
+        getattr(module, child).forward = getattr(module, child).linear.forward
+        unchanged = model(image)
+    assert relative_difference(outputs, before) > 1e-3
+    assert relative_difference(unchanged, before) < 1e-5
+    assert fused.count('block') == (0 if grad else 8)
 
 
 def test_layers_in_training_mode_are_not_fused(model, fused):

@@ -33,11 +33,11 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
         """MLP of ``norm(x)``, (..., channels) to the same."""
-        x, weight, bias = Recomputed(norm, x), self.fc1.weight, self.fc1.bias
-        if fuses_elementwise(x.tensor, bias):
-            hidden = feed(lambda x: in_fast_precision(F.linear, x, weight), x)
-            return feed(self.fc2, Recomputed(biased_gelu, hidden, bias))
-        return feed(self.fc2, Recomputed(F.gelu, feed(self.fc1, x)))
+        x, fc1 = Recomputed(norm, x), self.fc1
+        if inference.is_untouched(fc1, (Linear,)) and fuses_elementwise(x.tensor, fc1.bias):
+            hidden = feed(lambda x: in_fast_precision(F.linear, x, fc1.weight), x)
+            return feed(self.fc2, Recomputed(biased_gelu, hidden, fc1.bias))
+        return feed(self.fc2, Recomputed(F.gelu, feed(fc1, x)))
 
 
 class SpatialMambaBlock(nn.Module):

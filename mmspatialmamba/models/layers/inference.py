@@ -20,19 +20,28 @@ from mmspatialmamba.ops.inference import conv_layer, fuses_layers, gated_output,
 _GROUP_ELEMENTS = 2**22
 
 
+def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
+    """Whether a module is of one of its own types and has no forward hooks, so that calling it can be left out.
+
+    Args:
+        module (nn.Module): The module, without what it contains.
+        own_types (tuple[type]): Its types.
+    """
+    return type(module) in own_types and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def _is_plain(module: nn.Module, own_types: tuple[type, ...]) -> bool:
     """Whether a module is as it was built, see above."""
     hooks = nn.modules.module
-    if module.training or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
-    return all(
-        (type(m) in own_types or (isinstance(m, _BatchNorm) and m.track_running_stats and m.affine))
-        and not m._forward_hooks
-        and not m._forward_pre_hooks
-        and not m.training
-        and all(p is None or p.dtype == torch.float32 for p in m._parameters.values())
-        for m in module.modules()
-    )
+    for m in module.modules():
+        foldable = isinstance(m, _BatchNorm) and m.track_running_stats and m.affine
+        if m.training or not is_untouched(m, (type(m),) if foldable else own_types):
+            return False
+        if any(p is not None and p.dtype != torch.float32 for p in m._parameters.values()):
+            return False
+    return True
 
 
 def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> bool:
