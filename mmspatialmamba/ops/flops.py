@@ -32,9 +32,9 @@ BACKWARD = {
 }
 # Counted by mmengine and fvcore, not by torch.utils.flop_counter, as PyTorch's LayerNorm is.
 NORM = {'gated_layer_norm': 5}
-# Of the layers that run as one op each in inference: which arguments are weights, each of which is multiplied with every
-# pixel of the output. torch.utils.flop_counter sees them where they are called as functions; a model's modules run one
-# by one while somebody counts.
+# Of the layers that run as one op each in inference: which arguments are weights, each of which meets every pixel.
+# torch.utils.flop_counter sees them where they are called as functions; a model's modules run one by one while somebody
+# counts.
 _WEIGHTS = {'linear': (1,), 'norm_linear': (4,), 'gated_output': (5, 9), 'norm_mlp': (4, 6), 'conv_layer': (1,)}
 # What a backend fuses is counted under the name of what another leaves to PyTorch.
 _TRACED_AS = {'depthwise_conv': 'conv', 'gated_layer_norm': 'layer_norm'}

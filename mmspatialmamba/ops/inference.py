@@ -1,6 +1,6 @@
 """Layers of the network as one op each, where no gradients are needed: native backend, CPU, float32.
 
-What lies between their steps stays in the processor's caches, so it costs neither memory nor the time to write it there.
+What lies between their steps stays in the processor's caches, so it costs neither memory nor the time to write it.
 :func:`fuses_layers` tells whether they can run. None of them has a backward pass.
 """
 

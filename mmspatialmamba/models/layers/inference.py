@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops import depthwise_conv, structure_aware_scan
+from mmspatialmamba.ops import depthwise_conv
 from mmspatialmamba.ops.inference import conv_layer, fuses_layers, gated_output, linear, norm_linear, norm_mlp
 
 # A downsampling layer's hidden maps are computed in groups of channels of at most so many elements: glibc takes larger
