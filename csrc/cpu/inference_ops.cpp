@@ -15,13 +15,12 @@ constexpr int64_t kRows = 144;
 
 const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-// (rows, channels) of a float32 CPU tensor, as a view where its channels lie side by side.
-at::Tensor as_matrix(const char* op, const char* name, const at::Tensor& t) {
+// as_matrix of a float32 CPU tensor.
+at::Tensor checked(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat, op, ": ", name, " must be a float32 CPU tensor, but is ",
               t.scalar_type(), " on ", t.device());
   TORCH_CHECK(t.size(-1) > 0, op, ": ", name, " must have at least one channel");
-  const at::Tensor flat = t.reshape({t.numel() / t.size(-1), t.size(-1)});
-  return flat.stride(1) == 1 ? flat : flat.contiguous();
+  return as_matrix(t);
 }
 
 struct RowNorm {
@@ -58,9 +57,7 @@ struct Product {
     const at::Tensor weight = floats(weight_);
     packed = at::empty({(out + kWidestPanel - 1) / kWidestPanel * kWidestPanel, in}, weight.options());
     float* target = packed.mutable_data_ptr<float>();
-    at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernels().pack_linear(data(weight), out, in, target, i);
-    });
+    parallel_tasks(panels(), 0, [&](int64_t i, float*) { kernels().pack_linear(data(weight), out, in, target, i); });
   }
 
   int64_t panels() const { return (out + kernels().panel - 1) / kernels().panel; }
@@ -96,7 +93,7 @@ at::Tensor with_channels(const at::Tensor& x, int64_t channels) {
 }
 
 at::Tensor linear(const at::Tensor& x_, const at::Tensor& weight) {
-  const at::Tensor x = as_matrix("linear", "x", x_);
+  const at::Tensor x = checked("linear", "x", x_);
   const Product product(weight);
   at::Tensor out = with_channels(x_, product.out);
   float* y = out.mutable_data_ptr<float>();
@@ -108,7 +105,7 @@ at::Tensor linear(const at::Tensor& x_, const at::Tensor& weight) {
 
 at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
                        const at::Tensor& weight) {
-  const at::Tensor x = as_matrix("norm_linear", "x", x_);
+  const at::Tensor x = checked("norm_linear", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps);
   const Product product(weight);
   at::Tensor out = with_channels(x_, product.out);
@@ -126,7 +123,7 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
                         const at::Tensor& norm_bias, double eps, const at::Tensor& gate_weight,
                         const at::Tensor& out_norm_weight, const at::Tensor& out_norm_bias, double out_eps,
                         const at::Tensor& weight) {
-  const at::Tensor y = as_matrix("gated_output", "y", y_), x = as_matrix("gated_output", "x", x_);
+  const at::Tensor y = checked("gated_output", "y", y_), x = checked("gated_output", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps), out_norm(out_norm_weight, out_norm_bias, out_eps);
   const Product gate(gate_weight), product(weight);
   at::Tensor out = with_channels(x_, product.out);
@@ -149,7 +146,7 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
 at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
                     const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
                     const at::Tensor& bias2) {
-  const at::Tensor x = as_matrix("norm_mlp", "x", x_);
+  const at::Tensor x = checked("norm_mlp", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps);
   const Product first_product(weight1, bias1, Activation::kGelu), second(weight2, bias2);
   at::Tensor out = with_channels(x_, second.out);
@@ -192,7 +189,7 @@ at::Tensor conv_layer(const at::Tensor& x_, const at::Tensor& weight, const std:
                       const std::optional<at::Tensor>& bias, bool relu, int64_t stride,
                       const std::optional<at::Tensor>& residual_) {
   const char* op = "conv_layer";
-  const at::Tensor x = as_matrix(op, "x", x_.contiguous());
+  const at::Tensor x = checked(op, "x", x_.contiguous());
   const int64_t channels = x_.size(3), size = weight.size(2);
   TORCH_CHECK(size == 3 || (size == 1 && stride == 1), op, ": weight must be 3x3, or 1x1 with stride 1");
   const Product product(weight.permute({0, 2, 3, 1}).reshape({weight.size(0), size * size * channels}), bias,
@@ -200,14 +197,14 @@ at::Tensor conv_layer(const at::Tensor& x_, const at::Tensor& weight, const std:
   const Patches patches{data(x), x_.size(1), x_.size(2), channels, (x_.size(1) - 1) / stride + 1,
                         (x_.size(2) - 1) / stride + 1, stride};
   at::Tensor out = at::empty({x_.size(0), patches.out_height, patches.out_width, product.out}, x.options());
-  const at::Tensor residual = residual_ ? as_matrix(op, "residual", *residual_) : at::Tensor();
+  const at::Tensor residual = residual_ ? checked(op, "residual", *residual_) : at::Tensor();
   float* y = out.mutable_data_ptr<float>();
-  over_rows(out.numel() / product.out, size == 3 ? product.in : 0, 0, [&](int64_t first, int64_t rows, float* memory) {
-    if (size == 3) patches.gather(first, rows, memory);
-    const float* source = size == 3 ? memory : data(x) + first * x.stride(0);
-    const int64_t added_row = residual_ ? residual.stride(0) : 0;
-    product.run(source, size == 3 ? product.in : x.stride(0), rows, y + first * product.out, product.out,
-                residual_ ? data(residual) + first * added_row : nullptr, added_row);
+  const int64_t residual_row = residual_ ? residual.stride(0) : 0;
+  const bool gathers = size == 3;
+  over_rows(out.numel() / product.out, gathers ? product.in : 0, 0, [&](int64_t first, int64_t rows, float* memory) {
+    if (gathers) patches.gather(first, rows, memory);
+    product.run(gathers ? memory : data(x) + first * product.in, product.in, rows, y + first * product.out, product.out,
+                residual_ ? data(residual) + first * residual_row : nullptr, residual_row);
   });
   return out;
 }

@@ -16,8 +16,6 @@ ALWAYS_INLINE int64_t packed_at(int64_t out, int64_t first, int64_t size, int64_
   return first * ((out + kPanel - 1) / kPanel * kPanel) + panel * size * kPanel;
 }
 
-ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class Activate>
 ALWAYS_INLINE Vec finished(const LinearArgs& args, Vec value, Vec residual, int64_t c, const Activate& activate) {
   if (args.scale) value *= load(args.scale + c);

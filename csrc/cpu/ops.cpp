@@ -279,12 +279,6 @@ Matrix matrix_of(const char* op, const char* name, const at::Tensor& t) {
   return {map.data, map.type, t.stride(-2)};
 }
 
-// A (rows, dim) view, or copy where there is none with its channels side by side.
-at::Tensor as_matrix(const at::Tensor& t) {
-  const at::Tensor flat = t.reshape({-1, t.size(-1)});
-  return flat.stride(1) == 1 ? flat : flat.contiguous();
-}
-
 struct Norm {
   static constexpr const char* kOp = "gated_layer_norm";
   at::Tensor x, gate, weight, bias;

@@ -51,4 +51,10 @@ inline at::Tensor padded(const at::Tensor& t, int64_t unit = vectors(1)) {
   return missing ? at::constant_pad_nd(floats(t), {0, missing}) : floats(t);
 }
 
+// A (rows, dim) view, or copy where there is none with its channels side by side.
+inline at::Tensor as_matrix(const at::Tensor& t) {
+  const at::Tensor flat = t.reshape({-1, t.size(-1)});
+  return flat.stride(1) == 1 ? flat : flat.contiguous();
+}
+
 }  // namespace mmspatialmamba

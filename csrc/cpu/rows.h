@@ -12,8 +12,6 @@ constexpr int kReach = 5;               // of the fusion, in pixels
 constexpr int kWindow = 2 * kReach + 1; // rows that one row of the fusion may read
 
 static ALWAYS_INLINE int64_t padded(int64_t width) { return (width + 2 * kReach) * kBlock; }
-static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static ALWAYS_INLINE int64_t clamp(int64_t x, int64_t high) { return smaller(larger(x, 0), high); }
 
 struct BFloat16 {

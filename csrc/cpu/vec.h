@@ -30,6 +30,9 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
+static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static ALWAYS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static ALWAYS_INLINE Vec load(const float* p) {
   Vec v;
   memcpy(&v, p, sizeof(v));

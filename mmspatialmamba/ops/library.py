@@ -82,18 +82,23 @@ CPU_FAKES = {
     'biased_gelu_backward': lambda grad, x, bias: (x.new_empty(x.shape), torch.empty_like(bias)),
 }
 
-_widened = lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0]))  # noqa: E731
+
+def _fake_linear(x, weight):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
 
 # For inference, without autograd: see inference.py.
 INFERENCE_FAKES = {
-    'linear': _widened,
-    'norm_linear': lambda x, norm_weight, norm_bias, eps, weight: _widened(x, weight),
+    'linear': _fake_linear,
+    'norm_linear': lambda x, norm_weight, norm_bias, eps, weight: _fake_linear(x, weight),
     'gated_output': lambda y, x, *others: x.new_empty(x.shape),
     'norm_mlp': lambda x, *others: x.new_empty(x.shape),
     'conv_layer': lambda x, weight, scale, bias, relu, stride, residual: x.new_empty(
         (x.shape[0], *((size - 1) // stride + 1 for size in x.shape[1:3]), weight.shape[0])
     ),
 }
+
+_NATIVE_FAKES = {**FAKES, **CPU_FAKES, **INFERENCE_FAKES}
 
 
 def _save(ctx, inputs, *more: torch.Tensor) -> None:
@@ -155,7 +160,7 @@ def _register_autograd(namespace: str, op: str) -> None:
 def missing(backend: str) -> list[str]:
     """Names of the ops that the loaded library of a backend does not define."""
     namespace = getattr(torch.ops, f'mmspatialmamba_{backend}')
-    return [op for op in {**FAKES, **CPU_FAKES, **INFERENCE_FAKES} if not hasattr(namespace, op)]
+    return [op for op in _NATIVE_FAKES if not hasattr(namespace, op)]
 
 
 _libraries = []
@@ -176,10 +181,7 @@ def register(backend: str, kernels: Mapping[str, Callable] | None = None) -> Non
         for op, schema in SCHEMAS.items():
             library.define(op + schema)
             library.impl(op, kernels[op], 'CompositeExplicitAutograd')
-    if kernels is None:
-        for op, fake in INFERENCE_FAKES.items():
-            torch.library.register_fake(f'{namespace}::{op}', fake)
-    for op, fake in (FAKES if kernels is not None else {**FAKES, **CPU_FAKES}).items():
+    for op, fake in (FAKES if kernels is not None else _NATIVE_FAKES).items():
         torch.library.register_fake(f'{namespace}::{op}', fake)
-        if not op.endswith('_backward'):
+        if f'{op}_backward' in _NATIVE_FAKES:
             _register_autograd(namespace, op)

@@ -63,8 +63,8 @@ class SpatialMambaBlock(nn.Module):
         self.ln2 = nn.LayerNorm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self._own_types = (type(self), StructureAwareSSM, MLP, Linear, nn.Conv2d, nn.LayerNorm, nn.ParameterList)
-        self._own_types += (DropPath, nn.Identity)
+        layers = (type(self), StructureAwareSSM, MLP, Linear, DropPath)
+        self._own_types = (*layers, nn.Conv2d, nn.LayerNorm, nn.ParameterList, nn.Identity)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if inference.can_fuse(self, x, self._own_types):
