@@ -28,8 +28,10 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "Tensor, Tensor, Tensor)");
   m.def("biased_gelu(Tensor x, Tensor bias) -> Tensor");
   m.def("biased_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_weight_gradient(Tensor grad, Tensor x) -> Tensor");
   // For inference alone: no autograd, float32, on the CPU.
-  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("linear_layer(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? residual) -> Tensor");
   m.def("norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight) -> Tensor");
   m.def(
       "gated_output(Tensor y, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor gate_weight, Tensor "
@@ -37,7 +39,4 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def(
       "norm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2, "
       "Tensor bias2) -> Tensor");
-  m.def(
-      "conv_layer(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool relu, int stride, Tensor? residual) -> "
-      "Tensor");
 }

@@ -45,28 +45,28 @@ struct RowNorm {
 };
 
 struct Product {
-  at::Tensor packed, scale, bias;
+  at::Tensor packed, bias;
   Activation activation;
   int64_t in, out;
 
   explicit Product(const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
-                   Activation activation_ = Activation::kNone, const std::optional<at::Tensor>& scale_ = std::nullopt)
+                   Activation activation_ = Activation::kNone)
       : activation(activation_), in(weight_.size(1)), out(weight_.size(0)) {
-    if (scale_) scale = padded(*scale_, kWidestPanel);
     if (bias_) bias = padded(*bias_, kWidestPanel);
-    const at::Tensor weight = floats(weight_);
+    const at::Tensor weight = weight_.to(at::kFloat);
     packed = at::empty({(out + kWidestPanel - 1) / kWidestPanel * kWidestPanel, in}, weight.options());
     float* target = packed.mutable_data_ptr<float>();
-    parallel_tasks(panels(), 0, [&](int64_t i, float*) { kernels().pack_linear(data(weight), out, in, target, i); });
+    parallel_tasks(panels(), 0, [&](int64_t i, float*) {
+      kernels().pack_linear(data(weight), weight.stride(0), weight.stride(1), out, in, target, i);
+    });
   }
 
   int64_t panels() const { return (out + kernels().panel - 1) / kernels().panel; }
 
   void run(const float* x, int64_t x_row, int64_t rows, float* y, int64_t y_row, const float* residual = nullptr,
            int64_t residual_row = 0) const {
-    kernels().linear({rows, in, out, data(packed), data(scale), data(bias), activation, x, x_row, residual, residual_row,
-                      y, y_row},
-                     0, panels());
+    kernels().linear(
+        {rows, in, out, data(packed), data(bias), activation, x, x_row, residual, residual_row, y, y_row}, 0, panels());
   }
 };
 
@@ -92,15 +92,51 @@ at::Tensor with_channels(const at::Tensor& x, int64_t channels) {
   return at::empty(sizes, x.options());
 }
 
-at::Tensor linear(const at::Tensor& x_, const at::Tensor& weight) {
-  const at::Tensor x = checked("linear", "x", x_);
-  const Product product(weight);
+at::Tensor linear_layer(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool relu,
+                        const std::optional<at::Tensor>& residual_) {
+  const at::Tensor x = checked("linear_layer", "x", x_);
+  const at::Tensor residual = residual_ ? checked("linear_layer", "residual", *residual_) : at::Tensor();
+  const Product product(weight, bias, relu ? Activation::kRelu : Activation::kNone);
   at::Tensor out = with_channels(x_, product.out);
   float* y = out.mutable_data_ptr<float>();
+  const int64_t residual_row = residual_ ? residual.stride(0) : 0;
   over_rows(x.size(0), 0, 0, [&](int64_t first, int64_t rows, float*) {
-    product.run(data(x) + first * x.stride(0), x.stride(0), rows, y + first * product.out, product.out);
+    product.run(data(x) + first * x.stride(0), x.stride(0), rows, y + first * product.out, product.out,
+                residual_ ? data(residual) + first * residual_row : nullptr, residual_row);
   });
   return out;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return linear_layer(x, weight, bias, false, std::nullopt);
+}
+
+// The sums over rows run in a fixed order, whatever the number of threads: those of kPart rows, then these.
+at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_) {
+  constexpr int64_t kPart = 4096, kStep = 128, kBlock = 49152;
+  const at::Tensor grad = checked("linear", "the gradient", grad_), x = checked("linear", "x", x_);
+  const int64_t rows = x.size(0), out = grad.size(1), in = x.size(1), tile = kernels().tile_rows, panel = kernels().panel;
+  TORCH_CHECK(grad.size(0) == rows, "linear: the gradient has ", grad.size(0), " rows, but x has ", rows);
+  const auto whole = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
+  const int64_t ins = std::min<int64_t>(whole(in, panel), 256), outs = std::min(whole(out, tile), kBlock / ins / tile * tile);
+  const int64_t parts = std::max<int64_t>((rows + kPart - 1) / kPart, 1);
+  const int64_t across = (in + ins - 1) / ins, blocks = (out + outs - 1) / outs * across;
+  at::Tensor sums = at::empty({parts, out, in}, x.options());
+  float* target = sums.mutable_data_ptr<float>();
+  parallel_tasks(parts * blocks, kStep * (outs + ins) + outs * ins, [&](int64_t i, float* total) {
+    const int64_t part = i / blocks, o = i % blocks / across * outs, c = i % across * ins;
+    const int64_t height = std::min(out - o, outs), width = std::min(in - c, ins), last = std::min((part + 1) * kPart, rows);
+    std::memset(total, 0, outs * ins * sizeof(float));
+    for (int64_t row = part * kPart; row < last; row += kStep) {
+      kernels().outer({std::min(kStep, last - row), height, width, data(grad) + row * grad.stride(0) + o, grad.stride(0),
+                       data(x) + row * x.stride(0) + c, x.stride(0), total, ins},
+                      total + outs * ins);
+    }
+    for (int64_t k = 0; k < height; ++k) {
+      std::memcpy(target + (part * out + o + k) * in + c, total + k * ins, width * sizeof(float));
+    }
+  });
+  return parts == 1 ? sums.select(0, 0) : sums.sum(0);
 }
 
 at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
@@ -163,59 +199,14 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
   return out;
 }
 
-// The 3x3 neighbourhoods of some output pixels of a (batch, height, width, channels) map, with zeros outside it.
-struct Patches {
-  const float* x;
-  int64_t height, width, channels, out_height, out_width, stride;
-
-  void gather(int64_t first, int64_t count, float* target) const {
-    const int64_t line = 3 * channels;
-    for (int64_t p = first; p < first + count; ++p) {
-      const int64_t column = p % out_width * stride - 1, row = p / out_width % out_height * stride - 1;
-      const float* image = x + p / out_width / out_height * height * width * channels;
-      const int64_t left = std::max<int64_t>(-column, 0), right = std::min<int64_t>(width - column, 3);
-      for (int64_t i = 0; i < 3; ++i, target += line) {
-        const bool inside = row + i >= 0 && row + i < height;
-        if (!inside || right - left < 3) std::memset(target, 0, line * sizeof(float));
-        if (!inside) continue;
-        std::memcpy(target + left * channels, image + ((row + i) * width + column + left) * channels,
-                    (right - left) * channels * sizeof(float));
-      }
-    }
-  }
-};
-
-at::Tensor conv_layer(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
-                      const std::optional<at::Tensor>& bias, bool relu, int64_t stride,
-                      const std::optional<at::Tensor>& residual_) {
-  const char* op = "conv_layer";
-  const at::Tensor x = checked(op, "x", x_.contiguous());
-  const int64_t channels = x_.size(3), size = weight.size(2);
-  TORCH_CHECK(size == 3 || (size == 1 && stride == 1), op, ": weight must be 3x3, or 1x1 with stride 1");
-  const Product product(weight.permute({0, 2, 3, 1}).reshape({weight.size(0), size * size * channels}), bias,
-                        relu ? Activation::kRelu : Activation::kNone, scale);
-  const Patches patches{data(x), x_.size(1), x_.size(2), channels, (x_.size(1) - 1) / stride + 1,
-                        (x_.size(2) - 1) / stride + 1, stride};
-  at::Tensor out = at::empty({x_.size(0), patches.out_height, patches.out_width, product.out}, x.options());
-  const at::Tensor residual = residual_ ? checked(op, "residual", *residual_) : at::Tensor();
-  float* y = out.mutable_data_ptr<float>();
-  const int64_t residual_row = residual_ ? residual.stride(0) : 0;
-  const bool gathers = size == 3;
-  over_rows(out.numel() / product.out, gathers ? product.in : 0, 0, [&](int64_t first, int64_t rows, float* memory) {
-    if (gathers) patches.gather(first, rows, memory);
-    product.run(gathers ? memory : data(x) + first * product.in, product.in, rows, y + first * product.out, product.out,
-                residual_ ? data(residual) + first * residual_row : nullptr, residual_row);
-  });
-  return out;
-}
-
 }  // namespace
 }  // namespace mmspatialmamba
 
 TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("linear", mmspatialmamba::linear);
+  m.impl("linear_weight_gradient", mmspatialmamba::linear_weight_gradient);
+  m.impl("linear_layer", mmspatialmamba::linear_layer);
   m.impl("norm_linear", mmspatialmamba::norm_linear);
   m.impl("gated_output", mmspatialmamba::gated_output);
   m.impl("norm_mlp", mmspatialmamba::norm_mlp);
-  m.impl("conv_layer", mmspatialmamba::conv_layer);
 }

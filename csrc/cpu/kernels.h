@@ -86,17 +86,28 @@ struct GeluArgs {
 
 enum class Activation { kNone, kRelu, kGelu };
 
-// y = activation(scale * (x weight^T) + bias) + residual, of floats. The channels of x, residual and y lie side by side.
+// y = activation(x weight^T + bias) + residual, of floats. The channels of x, residual and y lie side by side.
 struct LinearArgs {
   int64_t rows, in, out;
   const float* packed;    // the weights, by pack_linear
-  const float* scale;     // (out), with zeros up to kWidestPanel; or null
-  const float* bias;      // like scale
+  const float* bias;      // (out), with zeros up to kWidestPanel; or null
   Activation activation;
   const float* x;
   int64_t x_row;
   const float* residual;  // or null
   int64_t residual_row;
+  float* y;
+  int64_t y_row;
+};
+
+// y += left^T right, of floats: (rows, out) and (rows, in) to (out, in). y has memory for whole tiles: up to a multiple of
+// tile_rows in `out` and of panel in `in`.
+struct OuterArgs {
+  int64_t rows, out, in;
+  const float* left;
+  int64_t left_row;
+  const float* right;
+  int64_t right_row;
   float* y;
   int64_t y_row;
 };
@@ -139,9 +150,13 @@ struct Kernels {
                                int64_t last, float* scratch);
   // Output channels that are packed, and computed, together. A multiple of `tile_rows` rows is best.
   int64_t panel, tile_rows;
-  // weight: (out, in); packed: `in` * kWidestPanel floats for each kWidestPanel output channels, of which a panel is a part
-  void (*pack_linear)(const float* weight, int64_t out, int64_t in, float* packed, int64_t panel);
+  // weight: (out, in), its elements out_step and in_step apart; packed: `in` * kWidestPanel floats for each kWidestPanel
+  // output channels, of which a panel is a part
+  void (*pack_linear)(const float* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, float* packed,
+                      int64_t panel);
   void (*linear)(const LinearArgs&, int64_t first_panel, int64_t last_panel);
+  // scratch: `rows` floats for each row and column of y, whole tiles of them
+  void (*outer)(const OuterArgs&, float* scratch);
 };
 
 inline int64_t blocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }

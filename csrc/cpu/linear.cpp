@@ -18,7 +18,6 @@ ALWAYS_INLINE int64_t packed_at(int64_t out, int64_t first, int64_t size, int64_
 
 template <class Activate>
 ALWAYS_INLINE Vec finished(const LinearArgs& args, Vec value, Vec residual, int64_t c, const Activate& activate) {
-  if (args.scale) value *= load(args.scale + c);
   if (args.bias) value += load(args.bias + c);
   return activate(value) + residual;
 }
@@ -95,7 +94,7 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
     store(target + i * step + kLanes, total[i][1]);
   }
   for (int i = 0; i < kRows && !whole; ++i) memcpy(y + i * args.y_row, spare + i * kPanel, width * sizeof(float));
-  const bool finishes = args.scale || args.bias || args.residual || args.activation != Activation::kNone;
+  const bool finishes = args.bias || args.residual || args.activation != Activation::kNone;
   if (finishes && first + size == args.in) finish(args, row, kRows, column, width);
 }
 
@@ -139,22 +138,39 @@ ALWAYS_INLINE void transpose(const float* source, int64_t row, float* target) {
 #endif
 }
 
+// Groups of `Size` columns of a matrix one after the other, with zeros in the last.
+template <int64_t Size>
+ALWAYS_INLINE void gather(const float* source, int64_t row, int64_t rows, int64_t columns, float* target) {
+  for (int64_t k = 0; k < rows; ++k, source += row, target += Size) {
+    int64_t c = 0;
+    for (; c + Size <= columns; c += Size) memcpy(target + c * rows, source + c, Size * sizeof(float));
+    if (c == columns) continue;
+    memset(target + c * rows, 0, Size * sizeof(float));
+    memcpy(target + c * rows, source + c, (columns - c) * sizeof(float));
+  }
+}
+
 }  // namespace
 
-void pack_linear(const float* weight, int64_t out, int64_t in, float* packed, int64_t panel) {
+void pack_linear(const float* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, float* packed,
+                 int64_t panel) {
   const int64_t column = panel * kPanel, width = smaller(kPanel, out - column);
   for (int64_t first = 0; first < in; first += kChunk) {
     const int64_t size = smaller(kChunk, in - first);
-    const float* source = weight + column * in + first;
+    const float* source = weight + column * out_step + first * in_step;
     float* target = packed + packed_at(out, first, size, panel);
     if (width < kPanel) memset(target, 0, size * kPanel * sizeof(float));
     int64_t k = 0;
-    for (; k + kLanes <= size && width == kPanel; k += kLanes) {
-      transpose(source + k, in, target + k * kPanel);
-      transpose(source + kLanes * in + k, in, target + k * kPanel + kLanes);
+    for (; k + kLanes <= size && width == kPanel && in_step == 1; k += kLanes) {
+      transpose(source + k, out_step, target + k * kPanel);
+      transpose(source + kLanes * out_step + k, out_step, target + k * kPanel + kLanes);
+    }
+    for (; k < size && width == kPanel && out_step == 1; ++k) {
+      store(target + k * kPanel, load(source + k * in_step));
+      store(target + k * kPanel + kLanes, load(source + k * in_step + kLanes));
     }
     for (; k < size; ++k) {
-      for (int64_t c = 0; c < width; ++c) target[k * kPanel + c] = source[c * in + k];
+      for (int64_t c = 0; c < width; ++c) target[k * kPanel + c] = source[c * out_step + k * in_step];
     }
   }
 }
@@ -166,6 +182,37 @@ void linear(const LinearArgs& args, int64_t first_panel, int64_t last_panel) {
       int64_t row = 0;
       for (; row + kTileRows <= args.rows; row += kTileRows) tile<kTileRows>(args, row, panel, first, size);
       last_tile<kTileRows - 1>(args, row, args.rows - row, panel, first, size);
+    }
+  }
+}
+
+void outer(const OuterArgs& args, float* scratch) {
+  const int64_t tiles = (args.out + kTileRows - 1) / kTileRows, panels = (args.in + kPanel - 1) / kPanel;
+  float *lefts = scratch, *rights = scratch + tiles * kTileRows * args.rows;
+  gather<kTileRows>(args.left, args.left_row, args.rows, args.out, lefts);
+  gather<kPanel>(args.right, args.right_row, args.rows, args.in, rights);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float *left = lefts + t * kTileRows * args.rows, *right = rights + p * kPanel * args.rows;
+      Vec total[kTileRows][2];
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) total[i][0] = total[i][1] = Vec{};
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < args.rows; ++k, left += kTileRows, right += kPanel) {
+        const Vec low = load(right), high = load(right + kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i) {
+          const Vec value = broadcast(left[i]);
+          total[i][0] += value * low;
+          total[i][1] += value * high;
+        }
+      }
+      float* y = args.y + t * kTileRows * args.y_row + p * kPanel;
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i, y += args.y_row) {
+        store(y, load(y) + total[i][0]);
+        store(y + kLanes, load(y + kLanes) + total[i][1]);
+      }
     }
   }
 }

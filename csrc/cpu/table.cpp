@@ -18,8 +18,9 @@ void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, co
                                float*);
 void biased_gelu(const GeluArgs&, const Matrix&, int64_t, int64_t, float*);
 void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, float*, int64_t, int64_t, float*);
-void pack_linear(const float*, int64_t, int64_t, float*, int64_t);
+void pack_linear(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 void linear(const LinearArgs&, int64_t, int64_t);
+void outer(const OuterArgs&, float*);
 
 extern const Kernels table;
 #define NAME_OF(x) #x
@@ -40,7 +41,8 @@ const Kernels table{NAME(ISA),
                     kPanel,
                     kTileRows,
                     pack_linear,
-                    linear};
+                    linear,
+                    outer};
 
 }  // namespace ISA
 }  // namespace mmspatialmamba

@@ -29,19 +29,6 @@ def fuses_layers(x: torch.Tensor) -> bool:
     ) and backend.fuses_elementwise(x)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``F.linear(x, weight)``; faster than PyTorch's for few channels.
-
-    Args:
-        x (Tensor): Input, (..., in), float32.
-        weight (Tensor): Weight, (out, in), float32.
-
-    Returns:
-        Tensor: (..., out), float32.
-    """
-    return torch.ops.mmspatialmamba_native.linear(x, weight)
-
-
 def norm_linear(x: torch.Tensor, norm: torch.nn.LayerNorm, weight: torch.Tensor) -> torch.Tensor:
     """``F.linear(norm(x), weight)``.
 
@@ -106,27 +93,23 @@ def norm_mlp(
     return torch.ops.mmspatialmamba_native.norm_mlp(x, norm.weight, norm.bias, norm.eps, weight1, bias1, weight2, bias2)
 
 
-def conv_layer(
+def linear_layer(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     relu: bool = False,
-    stride: int = 1,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A convolution of channels-last maps, then ``scale * it + bias`` of each channel, ReLU, and ``+ residual``.
+    """``F.linear(x, weight, bias)``, then ReLU and ``+ residual``.
 
     Args:
-        x (Tensor): Input, (batch, height, width, in), float32.
-        weight (Tensor): (out, in, 3, 3), for zero padding of 1, or (out, in, 1, 1); float32.
-        scale (Tensor, optional): (out,). Defaults to None.
+        x (Tensor): Input, (..., in), float32.
+        weight (Tensor): (out, in).
         bias (Tensor, optional): (out,). Defaults to None.
         relu (bool): Defaults to False.
-        stride (int): That of a 3x3 convolution. Defaults to 1.
-        residual (Tensor, optional): Of the output's shape. Defaults to None.
+        residual (Tensor, optional): Of the output's shape, float32. Defaults to None.
 
     Returns:
-        Tensor: (batch, ceil(height / stride), ceil(width / stride), out), float32.
+        Tensor: (..., out), float32.
     """
-    return torch.ops.mmspatialmamba_native.conv_layer(x, weight, scale, bias, relu, stride, residual)
+    return torch.ops.mmspatialmamba_native.linear_layer(x, weight, bias, relu, residual)

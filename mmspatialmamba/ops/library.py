@@ -83,22 +83,24 @@ CPU_FAKES = {
 }
 
 
-def _fake_linear(x, weight):
+def _fake_linear(x, weight, *others):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+PRODUCT_FAKES = {
+    'linear': _fake_linear,
+    'linear_weight_gradient': lambda grad, x: x.new_empty((grad.shape[-1], x.shape[-1])),
+}
+
 # For inference, without autograd: see inference.py.
 INFERENCE_FAKES = {
-    'linear': _fake_linear,
+    'linear_layer': _fake_linear,
     'norm_linear': lambda x, norm_weight, norm_bias, eps, weight: _fake_linear(x, weight),
     'gated_output': lambda y, x, *others: x.new_empty(x.shape),
     'norm_mlp': lambda x, *others: x.new_empty(x.shape),
-    'conv_layer': lambda x, weight, scale, bias, relu, stride, residual: x.new_empty(
-        (x.shape[0], *((size - 1) // stride + 1 for size in x.shape[1:3]), weight.shape[0])
-    ),
 }
 
-_NATIVE_FAKES = {**FAKES, **CPU_FAKES, **INFERENCE_FAKES}
+_NATIVE_FAKES = {**FAKES, **CPU_FAKES, **PRODUCT_FAKES, **INFERENCE_FAKES}
 
 
 def _save(ctx, inputs, *more: torch.Tensor) -> None:
@@ -163,6 +165,31 @@ def missing(backend: str) -> list[str]:
     return [op for op in _NATIVE_FAKES if not hasattr(namespace, op)]
 
 
+def _register_products() -> None:
+    """Differentiate the native matrix products, any number of times: the gradients are products again."""
+    ops, namespace = torch.ops.mmspatialmamba_native, 'mmspatialmamba_native'
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    def of_linear(ctx, grad):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            ops.linear(grad, weight.t(), None) if of_x else None,
+            ops.linear_weight_gradient(grad, x) if of_weight else None,
+            grad.flatten(0, -2).sum(0) if of_bias else None,
+        )
+
+    def of_weight_gradient(ctx, grad):
+        output_grad, x = ctx.saved_tensors
+        of_grad, of_x = ctx.needs_input_grad
+        return ops.linear(x, grad, None) if of_grad else None, ops.linear(output_grad, grad.t(), None) if of_x else None
+
+    torch.library.register_autograd(f'{namespace}::linear', of_linear, setup_context=keep)
+    torch.library.register_autograd(f'{namespace}::linear_weight_gradient', of_weight_gradient, setup_context=keep)
+
+
 _libraries = []
 
 
@@ -185,3 +212,5 @@ def register(backend: str, kernels: Mapping[str, Callable] | None = None) -> Non
         torch.library.register_fake(f'{namespace}::{op}', fake)
         if f'{op}_backward' in _NATIVE_FAKES:
             _register_autograd(namespace, op)
+    if kernels is None:
+        _register_products()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmspatialmamba.ops import biased_gelu, depthwise_conv
+from mmspatialmamba.ops import biased_gelu, depthwise_conv, linear
 from mmspatialmamba.ops.backend import fuses_elementwise
 
 from . import inference
@@ -35,7 +35,7 @@ class MLP(nn.Module):
         """MLP of ``norm(x)``, (..., channels) to the same."""
         x, fc1 = Recomputed(norm, x), self.fc1
         if inference.is_untouched(fc1, (Linear,)) and fuses_elementwise(x.tensor, fc1.bias):
-            hidden = feed(lambda x: in_fast_precision(F.linear, x, fc1.weight), x)
+            hidden = feed(lambda x: in_fast_precision(linear, x, fc1.weight), x)
             return feed(self.fc2, Recomputed(biased_gelu, hidden, fc1.bias))
         return feed(self.fc2, Recomputed(F.gelu, feed(fc1, x)))
 

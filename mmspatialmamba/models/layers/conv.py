@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from mmspatialmamba.ops import linear
 
 from . import inference
 from .precision import Conv2d, in_fast_precision
@@ -17,7 +18,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 2, 3, 1)
-        return in_fast_precision(F.linear, x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return in_fast_precision(linear, x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ConvLayer(nn.Sequential):
@@ -56,7 +57,7 @@ class ConvLayer(nn.Sequential):
 
             self.norm = build_norm_layer(norm_cfg, out_channels)[1]
         if act:
-            self.act = nn.ReLU(inplace=True)
+            self.act = nn.ReLU(inplace=kernel_size > 1)
 
 
 _OWN_TYPES = (ConvLayer, PointwiseConv, Conv2d, nn.Sequential, nn.ReLU)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops import depthwise_conv
-from mmspatialmamba.ops.inference import conv_layer, fuses_layers, gated_output, linear, norm_linear, norm_mlp
+from mmspatialmamba.ops import depthwise_conv, linear
+from mmspatialmamba.ops.inference import fuses_layers, gated_output, linear_layer, norm_linear, norm_mlp
 
 # A downsampling layer's hidden maps are computed in groups of channels of at most so many elements: glibc takes larger
 # memory, of 32 MiB, from the system at each allocation and gives it back, which costs more than to fill it.
@@ -70,31 +70,32 @@ def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def _affine(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scale and bias of each channel after a ConvLayer's product, from its bias and its BatchNorm."""
-    bias = layer.conv.bias
+def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work."""
+    weight, bias = layer.conv.weight, layer.conv.bias
     if not hasattr(layer, 'norm'):
-        return None, bias
+        return weight, bias
     norm = layer.norm
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     mean = norm.running_mean if bias is None else norm.running_mean - bias
-    return scale, norm.bias - mean * scale
+    return weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
 
 
-def _conv(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """A ConvLayer's output, plus ``residual``, both maps channels last in shape."""
-    scale, bias = _affine(layer)
-    conv = layer.conv
-    return conv_layer(x, conv.weight, scale, bias, hasattr(layer, 'act'), conv.stride[0], residual)
+def _conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A ConvLayer's output for (batch, channels, height, width)."""
+    weight, bias = _folded(layer)
+    relu = hasattr(layer, 'act')
+    if weight.shape[2:] == (1, 1):
+        return linear_layer(x.permute(0, 2, 3, 1), weight.flatten(1), bias, relu).permute(0, 3, 1, 2)
+    x = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
+    return x.relu_() if relu else x
 
 
 def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Stem`'s output for (batch, in_channels, height, width)."""
-    x = _conv(module.conv1, x.permute(0, 2, 3, 1))
-    x = _conv(module.conv2[1], _conv(module.conv2[0], x), residual=x)
-    for layer in module.conv3:
-        x = _conv(layer, x)
-    return x.permute(0, 3, 1, 2)
+    x = _conv(module.conv1, x)
+    x = _conv(module.conv2[1], _conv(module.conv2[0], x)).add_(x)
+    return _conv(module.conv3[1], _conv(module.conv3[0], x))
 
 
 def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -102,11 +103,11 @@ def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     widen, depthwise, narrow = module
     pixels = x.numel() // x.shape[1]
     group = max(_GROUP_ELEMENTS // max(pixels, 1) // 32 * 32, 32)
-    weights = (widen.conv.weight, widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
-    scale, bias = _affine(narrow)
+    weight, bias = _folded(narrow)
+    weights = (widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
     x, out = x.permute(0, 2, 3, 1), None
-    for w1, b1, w2, b2, w3 in zip(*(w.split(group) for w in weights), narrow.conv.weight.split(group, dim=1)):
-        hidden = conv_layer(x, w1, bias=b1, relu=True).permute(0, 3, 1, 2)
+    for w1, b1, w2, b2, w3 in zip(*(w.split(group) for w in weights), weight.flatten(1).split(group, dim=1)):
+        hidden = linear_layer(x, w1, b1, relu=True).permute(0, 3, 1, 2)
         hidden = F.conv2d(hidden, w2, b2, stride=2, padding=1, groups=len(w2)).relu_().permute(0, 2, 3, 1)
-        out = conv_layer(hidden, w3, scale, bias if out is None else None, residual=out)
+        out = linear_layer(hidden, w3, bias if out is None else None, residual=out)
     return out.permute(0, 3, 1, 2)

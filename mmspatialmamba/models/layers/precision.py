@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from mmspatialmamba.ops import linear
+
+from .convolution import ChannelsLastConvolution, has_slow_gradient
 
 
 def _slow_dtypes() -> tuple[torch.dtype, ...]:
@@ -47,12 +50,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
-        return in_fast_precision(F.linear, x, self.weight, self.bias)
+        return in_fast_precision(linear, x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
-    """:class:`torch.nn.Conv2d`, through :func:`in_fast_precision`."""
+    """:class:`torch.nn.Conv2d`, through :func:`in_fast_precision`, with faster gradients for channels-last maps."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, ...)."""
-        return in_fast_precision(self._conv_forward, x, self.weight, self.bias)
+        return in_fast_precision(self._convolve, x, self.weight, self.bias)
+
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if has_slow_gradient(self, x):
+            return ChannelsLastConvolution.apply(x, weight, bias, self.stride, self.padding)
+        return self._conv_forward(x, weight, bias)
