@@ -6,6 +6,16 @@ import torch.nn.functional as F
 from . import backend
 
 
+def _is_native(*tensors: torch.Tensor | None) -> bool:
+    return (
+        all(t is None or (t.dtype == torch.float32 and t.device.type == 'cpu') for t in tensors)
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and backend.fuses_elementwise(tensors[0])
+    )
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``F.linear(x, weight, bias)``, on the CPU in float32 with the native backend's products.
 
@@ -20,13 +30,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         Tensor: (..., out).
     """
-    if (
-        x.device.type == 'cpu'
-        and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
-        and not torch.is_autocast_enabled('cpu')
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and backend.fuses_elementwise(x)
-    ):
+    if _is_native(x, weight, bias):
         return torch.ops.mmspatialmamba_native.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def linear_weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``grad.t() @ x``, the gradient of a linear layer's weight, by the same products as :func:`linear`.
+
+    Args:
+        grad (Tensor): Gradient of the layer's output, (rows, out).
+        x (Tensor): The layer's input, (rows, in).
+
+    Returns:
+        Tensor: (out, in).
+    """
+    if _is_native(grad, x):
+        return torch.ops.mmspatialmamba_native.linear_weight_gradient(grad, x)
+    return grad.t() @ x

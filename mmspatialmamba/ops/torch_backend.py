@@ -48,7 +48,9 @@ class _LinearRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(decay, drive):
-        out = torch.empty(drive.shape, dtype=drive.dtype, device=drive.device)
+        # A step of the recurrence is to meet channels that lie side by side.
+        decay, drive = decay.contiguous(), drive.contiguous()
+        out = torch.empty_like(drive)
         _fill(decay, drive, out.new_zeros(out.shape[0], out.shape[2]), out)
         return out
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops.inference import conv_layer, fuses_layers, gated_output, linear, norm_linear, norm_mlp
+from mmspatialmamba.ops.inference import fuses_layers, gated_output, linear_layer, norm_linear, norm_mlp
 
 pytestmark = [
     pytest.mark.usefixtures('poisoned_memory'),
@@ -44,10 +44,15 @@ def exact(norm, x):
     return F.layer_norm(x.double(), x.shape[-1:], norm.weight.double(), norm.bias.double(), norm.eps)
 
 
+@pytest.mark.parametrize('finish', ['', 'relu', 'bias', 'bias relu residual'])
 @pytest.mark.parametrize('rows, channels, out', SIZES)
-def test_linear(rows, channels, out):
+def test_linear_layer(rows, channels, out, finish):
     x, weight = torch.randn(rows, channels), make_weight(out, channels)
-    assert relative_error(linear(x, weight), F.linear(x.double(), weight.double())) < 2e-6
+    given = {'bias': torch.randn(out), 'residual': torch.randn(rows, out)}
+    given = {name: value for name, value in given.items() if name in finish.split()}
+    expected = F.linear(x.double(), weight.double()) + given.get('bias', 0)
+    expected = (expected.relu() if 'relu' in finish.split() else expected) + given.get('residual', 0)
+    assert relative_error(linear_layer(x, weight, relu='relu' in finish.split(), **given), expected) < 2e-6
 
 
 @pytest.mark.parametrize('rows, channels, out', SIZES)
@@ -75,45 +80,13 @@ def test_norm_mlp(rows, channels, hidden):
     assert relative_error(norm_mlp(x, norm, *weights), expected) < 5e-6
 
 
-@pytest.mark.parametrize('stride', [1, 2])
-@pytest.mark.parametrize('size', [(1, 1, 1, 3), (2, 1, 5, 4), (1, 9, 2, 3), (2, 8, 7, 33), (1, 16, 13, 64)], ids=str)
-@pytest.mark.parametrize('finish', ['', 'relu', 'scale bias', 'bias relu residual'])
-def test_convolution(size, stride, finish):
-    batch, height, width, channels = size
-    x, weight = torch.randn(size), make_weight(19, channels, 3, 3)
-    given = {'scale': torch.rand(19), 'bias': torch.randn(19)}
-    given['residual'] = torch.randn(batch, (height - 1) // stride + 1, (width - 1) // stride + 1, 19)
-    given = {name: value for name, value in given.items() if name in finish.split()}
-    expected = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), stride=stride, padding=1).permute(0, 2, 3, 1)
-    expected = expected * given.get('scale', 1) + given.get('bias', 0)
-    expected = (expected.relu() if 'relu' in finish.split() else expected) + given.get('residual', 0)
-    out = conv_layer(x, weight, relu='relu' in finish.split(), stride=stride, **given)
-    assert out.shape == expected.shape
-    assert relative_error(out, expected) < 2e-6
-
-
-def test_pointwise_convolution():
-    x, weight, scale = torch.randn(2, 5, 3, 40), make_weight(24, 40, 1, 1), torch.rand(24)
-    expected = F.linear(x.double(), weight.flatten(1).double()) * scale
-    assert relative_error(conv_layer(x, weight, scale), expected) < 2e-6
-
-
-def test_parts_of_tensors_and_no_rows():
-    x, weight = torch.randn(3, 4, 50), make_weight(20, 17)
-    for part in (x[..., 5:22], x.permute(2, 0, 1)[:17].permute(1, 2, 0), x[:, ::2, 1:18]):
-        assert relative_error(linear(part, weight), F.linear(part.double(), weight.double())) < 2e-6
-    halves = make_weight(40, 17).chunk(2)
-    assert relative_error(linear(x[..., :17], halves[1]), F.linear(x[..., :17].double(), halves[1].double())) < 2e-6
-    assert linear(x[:0, :, :17], weight).shape == (0, 4, 20)
-
-
 def test_special_values_stay_in_their_row():
     x = torch.randn(60, 40)
     x[7, 3], x[20, 5] = torch.nan, torch.inf
     norm, weights = make_norm(40), (make_weight(160, 40), torch.randn(160), make_weight(40, 160), torch.randn(40))
     rows = ~norm_mlp(x, norm, *weights).isfinite().all(1)
     assert rows.nonzero().flatten().tolist() == [7, 20]
-    relu = conv_layer(torch.full((1, 1, 1, 1), torch.nan), torch.ones(1, 1, 1, 1), relu=True)
+    relu = linear_layer(torch.full((1, 1), torch.nan), torch.ones(1, 1), relu=True)
     assert relu.isnan().all()
 
 
@@ -129,8 +102,15 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(RuntimeError, match='linear: x must be a float32 CPU tensor'):
-        linear(torch.randn(2, 3).bfloat16(), torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match='linear_layer: x must be a float32 CPU tensor'):
+        linear_layer(torch.randn(2, 3).bfloat16(), torch.randn(4, 3))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(RuntimeError, match=r'linear_layer: residual must have shape \[2, 4\], but has \[4\]'):
+        linear_layer(torch.randn(2, 3), torch.randn(4, 3), residual=torch.randn(4))
+    with pytest.raises(RuntimeError, match=r'norm_linear: weight must have shape \(out, 3\), but has \[4, 2\]'):
+        norm_linear(torch.randn(2, 3), make_norm(3), torch.randn(4, 2))
 
 
 def test_when_layers_are_fused():
@@ -151,8 +131,8 @@ def test_counted():
         norm_mlp(x, norm, torch.randn(32, 8), torch.randn(32), torch.randn(8, 32), torch.randn(8))
     assert counter.get_total_flops() == 2 * 5 * 2 * 8 * 32
     with FlopCounterMode(display=False) as counter:
-        conv_layer(torch.randn(1, 5, 7, 8), torch.randn(6, 8, 3, 3), stride=2)
-    assert counter.get_total_flops() == 2 * 3 * 4 * 9 * 8 * 6
+        linear_layer(torch.randn(1, 5, 7, 8), torch.randn(6, 8))
+    assert counter.get_total_flops() == 2 * 5 * 7 * 8 * 6
 
 
 @pytest.mark.slow
@@ -161,7 +141,8 @@ def test_on_other_instruction_sets(capability):
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability}
     if capability != 'default' and capability.upper() not in torch.backends.cpu.get_cpu_capability():
         pytest.skip(f'needs a CPU with {capability.upper()}')
-    files = [__file__, *(f'{os.path.dirname(__file__)}/test_{op}.py' for op in ('biased_gelu', 'gated_layer_norm'))]
+    others = ('biased_gelu', 'gated_layer_norm', 'linear')
+    files = [__file__, *(f'{os.path.dirname(__file__)}/test_{op}.py' for op in others)]
     command = [sys.executable, '-m', 'pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *files]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmspatialmamba.ops.linear import linear_weight_gradient
+
 # Neighbourhoods are gathered in groups of about so many elements, which stay in the caches.
 _GROUP_ELEMENTS = 2**20
 
@@ -43,7 +45,7 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, sizes: torch.Size, str
     total = grad.new_zeros(out_channels, size)
     for image, neighbours in zip(grad.permute(0, 2, 3, 1), windows):
         for g, n in zip(image.split(rows), neighbours.split(rows)):
-            total = total + g.reshape(-1, out_channels).t() @ n.reshape(-1, size)
+            total = total + linear_weight_gradient(g.reshape(-1, out_channels), n.reshape(-1, size))
     return total.view(out_channels, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -49,9 +49,12 @@ struct Product {
   Activation activation;
   int64_t in, out;
 
-  explicit Product(const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
-                   Activation activation_ = Activation::kNone)
-      : activation(activation_), in(weight_.size(1)), out(weight_.size(0)) {
+  Product(const char* op, int64_t in_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
+          Activation activation_ = Activation::kNone)
+      : activation(activation_), in(in_), out(weight_.size(0)) {
+    TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
+                weight_.sizes());
+    TORCH_CHECK(!bias_ || bias_->numel() == out, op, ": bias must have ", out, " elements, but has ", bias_->numel());
     if (bias_) bias = padded(*bias_, kWidestPanel);
     const at::Tensor weight = weight_.to(at::kFloat);
     packed = at::empty({(out + kWidestPanel - 1) / kWidestPanel * kWidestPanel, in}, weight.options());
@@ -96,8 +99,10 @@ at::Tensor linear_layer(const at::Tensor& x_, const at::Tensor& weight, const st
                         const std::optional<at::Tensor>& residual_) {
   const at::Tensor x = checked("linear_layer", "x", x_);
   const at::Tensor residual = residual_ ? checked("linear_layer", "residual", *residual_) : at::Tensor();
-  const Product product(weight, bias, relu ? Activation::kRelu : Activation::kNone);
+  const Product product("linear", x.size(1), weight, bias, relu ? Activation::kRelu : Activation::kNone);
   at::Tensor out = with_channels(x_, product.out);
+  TORCH_CHECK(!residual_ || residual_->sizes() == out.sizes(), "linear_layer: residual must have shape ", out.sizes(),
+              ", but has ", residual_->sizes());
   float* y = out.mutable_data_ptr<float>();
   const int64_t residual_row = residual_ ? residual.stride(0) : 0;
   over_rows(x.size(0), 0, 0, [&](int64_t first, int64_t rows, float*) {
@@ -111,23 +116,26 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   return linear_layer(x, weight, bias, false, std::nullopt);
 }
 
-// The sums over rows run in a fixed order, whatever the number of threads: those of kPart rows, then these.
+// The sums over rows run in a fixed order, whatever the number of threads: parts of the rows, then these.
 at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_) {
-  constexpr int64_t kPart = 4096, kStep = 128, kBlock = 49152;
+  constexpr int64_t kPart = 4096, kStep = 128, kWidest = 256, kBlock = 49152, kTasks = 16;
   const at::Tensor grad = checked("linear", "the gradient", grad_), x = checked("linear", "x", x_);
   const int64_t rows = x.size(0), out = grad.size(1), in = x.size(1), tile = kernels().tile_rows, panel = kernels().panel;
   TORCH_CHECK(grad.size(0) == rows, "linear: the gradient has ", grad.size(0), " rows, but x has ", rows);
-  const auto whole = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
-  const int64_t ins = std::min<int64_t>(whole(in, panel), 256), outs = std::min(whole(out, tile), kBlock / ins / tile * tile);
-  const int64_t parts = std::max<int64_t>((rows + kPart - 1) / kPart, 1);
-  const int64_t across = (in + ins - 1) / ins, blocks = (out + outs - 1) / outs * across;
+  const auto ceiling = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit; };
+  const auto whole = [&](int64_t size, int64_t unit) { return std::max<int64_t>(ceiling(size, unit), 1) * unit; };
+  // Blocks of about the same size, of whole tiles.
+  const int64_t across = ceiling(in, kWidest), ins = whole(ceiling(in, across), panel);
+  const int64_t outs = whole(ceiling(out, ceiling(out * ins, kBlock)), tile);
+  const int64_t blocks = ceiling(out, outs) * across, part_rows = whole(std::min(kPart, rows * blocks / kTasks), kStep);
+  const int64_t parts = std::max<int64_t>(ceiling(rows, part_rows), 1);
   at::Tensor sums = at::empty({parts, out, in}, x.options());
   float* target = sums.mutable_data_ptr<float>();
   parallel_tasks(parts * blocks, kStep * (outs + ins) + outs * ins, [&](int64_t i, float* total) {
     const int64_t part = i / blocks, o = i % blocks / across * outs, c = i % across * ins;
-    const int64_t height = std::min(out - o, outs), width = std::min(in - c, ins), last = std::min((part + 1) * kPart, rows);
+    const int64_t height = std::min(out - o, outs), width = std::min(in - c, ins), last = std::min((part + 1) * part_rows, rows);
     std::memset(total, 0, outs * ins * sizeof(float));
-    for (int64_t row = part * kPart; row < last; row += kStep) {
+    for (int64_t row = part * part_rows; row < last; row += kStep) {
       kernels().outer({std::min(kStep, last - row), height, width, data(grad) + row * grad.stride(0) + o, grad.stride(0),
                        data(x) + row * x.stride(0) + c, x.stride(0), total, ins},
                       total + outs * ins);
@@ -143,7 +151,7 @@ at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, cons
                        const at::Tensor& weight) {
   const at::Tensor x = checked("norm_linear", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps);
-  const Product product(weight);
+  const Product product("norm_linear", norm.dim, weight);
   at::Tensor out = with_channels(x_, product.out);
   float* y = out.mutable_data_ptr<float>();
   const int64_t row = spaced(norm.dim);
@@ -161,7 +169,7 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
                         const at::Tensor& weight) {
   const at::Tensor y = checked("gated_output", "y", y_), x = checked("gated_output", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps), out_norm(out_norm_weight, out_norm_bias, out_eps);
-  const Product gate(gate_weight), product(weight);
+  const Product gate("gated_output", norm.dim, gate_weight), product("gated_output", out_norm.dim, weight);
   at::Tensor out = with_channels(x_, product.out);
   float* target = out.mutable_data_ptr<float>();
   const int64_t more = std::max(norm.scratch(), out_norm.scratch());
@@ -184,7 +192,8 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
                     const at::Tensor& bias2) {
   const at::Tensor x = checked("norm_mlp", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps);
-  const Product first_product(weight1, bias1, Activation::kGelu), second(weight2, bias2);
+  const Product first_product("norm_mlp", norm.dim, weight1, bias1, Activation::kGelu),
+      second("norm_mlp", first_product.out, weight2, bias2);
   at::Tensor out = with_channels(x_, second.out);
   float* y = out.mutable_data_ptr<float>();
   const int64_t row = spaced(norm.dim), wide = spaced(first_product.out);

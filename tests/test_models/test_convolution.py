@@ -1,0 +1,99 @@
+"""Convolutions of channels-last maps train as PyTorch's do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmspatialmamba import ops
+from mmspatialmamba.models import SpatialMamba
+from mmspatialmamba.models.layers import convolution
+from mmspatialmamba.models.layers.convolution import ChannelsLastConvolution, has_slow_gradient
+from mmspatialmamba.models.layers.precision import Conv2d
+
+# Batch, channels in and out, height, width, kernel, stride.
+CASES = [
+    (1, 3, 4, 1, 1, 3, 1),
+    (2, 5, 7, 9, 6, 3, 1),
+    (2, 5, 7, 9, 6, 3, 2),
+    (1, 4, 6, 8, 7, 5, 2),
+    (3, 33, 20, 5, 12, 3, 1),
+]
+CPU_BACKENDS = [name for name in ops.available_backends() if name != 'triton']
+
+
+def make(case, dtype=torch.float32):
+    torch.manual_seed(0)
+    batch, channels, out, height, width, kernel, stride = case
+    conv = Conv2d(channels, out, kernel, stride, kernel // 2).to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(batch, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return conv, x.requires_grad_()
+
+
+@pytest.mark.parametrize('rows', [2**20, 1], ids=['whole', 'by rows'])
+@pytest.mark.parametrize('backend', CPU_BACKENDS)
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_output_and_gradients(case, backend, rows, monkeypatch):
+    monkeypatch.setattr(convolution, '_GROUP_ELEMENTS', rows)
+    conv, x = make(case)
+    assert has_slow_gradient(conv, x) or x.is_contiguous()
+    leaves = [x, conv.weight, conv.bias]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    with ops.use_backend(backend):
+        out = ChannelsLastConvolution.apply(*leaves, conv.stride, conv.padding)
+        expected = F.conv2d(*exact, conv.stride, conv.padding)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        grad = torch.randn_like(out)
+        grads = torch.autograd.grad(out, leaves, grad)
+    for mine, true in zip(grads, torch.autograd.grad(expected, exact, grad.double())):
+        assert (mine - true).norm() < 2e-6 * true.norm()
+
+
+def test_second_derivatives():
+    conv, x = make((2, 2, 3, 4, 3, 3, 2), torch.float64)
+    leaves = [x, conv.weight, conv.bias]
+    with ops.use_backend('torch'):
+        torch.autograd.gradgradcheck(
+            lambda *tensors: ChannelsLastConvolution.apply(*tensors, conv.stride, conv.padding), leaves
+        )
+
+
+def test_when_it_is_used():
+    conv, x = make((2, 5, 7, 9, 6, 3, 1))
+
+    def is_used(conv, x):
+        return 'ChannelsLast' in type(conv(x).grad_fn).__name__
+
+    assert is_used(conv, x)
+    assert not is_used(conv, x.contiguous())
+    assert not is_used(Conv2d(5, 5, 3, padding=1, groups=5), x)
+    assert not is_used(Conv2d(5, 5, 3, padding=1).double(), x.double())
+    with torch.no_grad():
+        assert not is_used(conv, x)
+    torch.testing.assert_close(torch.compile(conv, backend='eager', fullgraph=True)(x), conv(x))
+    conv.weight.requires_grad_(False)
+    assert not is_used(conv, x)
+
+
+def test_only_the_gradients_that_are_needed_are_computed():
+    conv, x = make((2, 5, 7, 9, 6, 3, 1))
+    out = conv(x.detach())
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * out.numel() * 5 * 9
+    assert x.grad is None and conv.weight.grad.shape == conv.weight.shape
+
+
+def test_nothing_is_written_into_a_view():
+    """Autograd would copy whole maps in the backward pass, to write a part of them."""
+    image = torch.randn(2, 3, 32, 32, requires_grad=True)
+    nodes, seen = [output.grad_fn for output in SpatialMamba(dict(embed_dims=8, depths=(1, 1, 1, 1)))(image)], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [function for function, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert 'ReluBackward0' in names and 'CopySlices' not in names

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ops.truth import relative_error
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmspatialmamba import ops
+from mmspatialmamba.ops.linear import linear_weight_gradient
+
+pytestmark = pytest.mark.usefixtures('poisoned_memory')
+needs_native = pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+# Rows, channels in, channels out: whole tiles, panels, blocks and parts of each instruction set, and what is left over.
+SIZES = [
+    *[(1, 1, 1), (7, 5, 3), (48, 64, 64), (50, 130, 33), (300, 33, 130), (5, 300, 16), (289, 16, 48)],
+    *[(129, 3, 2000), (130, 2000, 3), (9000, 4, 20), (4100, 260, 200)],
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(rows, channels, out):
+    x, weight, bias = torch.randn(rows, channels), torch.randn(out, channels) / channels**0.5, torch.randn(out)
+    return [t.requires_grad_() for t in (x, weight, bias)]
+
+
+@pytest.mark.parametrize('with_bias', [True, False], ids=['bias', ''])
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+def test_output_and_gradients(sizes, with_bias):
+    inputs = make(*sizes)[: 2 + with_bias]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, expected = ops.linear(*inputs), F.linear(*exact)
+    assert relative_error(out, expected) < 2e-6
+    grad = torch.randn_like(out)
+    for mine, true in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, exact, grad.double())):
+        assert mine.shape == true.shape
+        assert relative_error(mine, true) < 5e-6
+
+
+def test_second_derivatives():
+    inputs = make(6, 5, 4)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    seconds = []
+    for tensors in (inputs, exact):
+        first = torch.autograd.grad(ops.linear(*tensors).square().sum(), tensors, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.pow(3).sum() for g in first), tensors))
+    for mine, true in zip(*seconds):
+        assert relative_error(mine, true) < 1e-5
+
+
+def test_strides_leading_dimensions_and_no_rows():
+    weight, wide = torch.randn(20, 17), torch.randn(3, 4, 50)
+    for x in (wide[..., 5:22], wide.permute(2, 0, 1)[:17].permute(1, 2, 0), wide[:, ::2, 1:18]):
+        for w in (weight, torch.randn(17, 20).t(), torch.randn(40, 34)[::2, ::2]):
+            assert relative_error(ops.linear(x, w), F.linear(x.double(), w.double())) < 2e-6
+    leaves = [torch.randn(0, 4, 17, requires_grad=True), weight.requires_grad_()]
+    out = ops.linear(*leaves)
+    assert out.shape == (0, 4, 20)
+    grads = torch.autograd.grad(out, leaves, torch.randn(0, 4, 20))
+    assert grads[0].shape == (0, 4, 17) and torch.equal(grads[1], torch.zeros(20, 17))
+
+
+def test_gradients_of_parts_of_a_gradient():
+    x, weight, _ = make(40, 6, 10)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    results = []
+    for tensors in ((x, weight), exact):
+        first, second = ops.linear(*tensors).chunk(2, dim=-1)
+        results.append(torch.autograd.grad(first.sum() + second.t().square().sum(), tensors))
+    assert all(relative_error(mine, true) < 2e-6 for mine, true in zip(*results))
+
+
+@needs_native
+def test_only_the_gradients_that_are_needed_are_computed():
+    x, weight, bias = make(40, 6, 10)
+    for frozen, products in ((x, 1), (weight, 1), (bias, 2)):
+        frozen.requires_grad_(False)
+        out = ops.linear(x, weight, bias)
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == products * 2 * 40 * 6 * 10
+        assert frozen.grad is None
+        frozen.requires_grad_()
+        for tensor in (x, weight, bias):
+            tensor.grad = None
+
+
+def test_special_values_stay_in_their_row():
+    x = torch.randn(60, 40)
+    x[7, 3], x[20, 5] = torch.nan, torch.inf
+    rows = ~ops.linear(x, torch.randn(50, 40)).isfinite().all(1)
+    assert rows.nonzero().flatten().tolist() == [7, 20]
+    columns = ~linear_weight_gradient(torch.randn(60, 50), x).isfinite().all(0)
+    assert columns.nonzero().flatten().tolist() == [3, 5]
+
+
+@needs_native
+def test_results_do_not_depend_on_the_number_of_threads():
+    before, results = torch.get_num_threads(), []
+    x, weight, _ = make(5000, 48, 70)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        out = ops.linear(x, weight)
+        results.append([out, *torch.autograd.grad(out, [x, weight], torch.ones_like(out))])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@needs_native
+@pytest.mark.parametrize('with_bias', [True, False], ids=['bias', ''])
+def test_opcheck(with_bias):
+    x, weight, bias = make(5, 4, 3)
+    namespace = torch.ops.mmspatialmamba_native
+    torch.library.opcheck(namespace.linear.default, (x, weight, bias if with_bias else None))
+    torch.library.opcheck(namespace.linear_weight_gradient.default, (torch.randn(5, 3).requires_grad_(), x))
+
+
+def test_which_products_are_native(monkeypatch):
+    x, weight, _ = make(4, 3, 2)
+
+    def is_native(x, weight, bias=None):
+        return 'mmspatialmamba' in type(ops.linear(x, weight, bias).grad_fn).__name__
+
+    assert is_native(x, weight) == ('native' in ops.available_backends())
+    assert not is_native(x.double(), weight.double())
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not is_native(x, weight)
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+    with ops.use_backend('torch'):
+        assert not is_native(x, weight)
+    compiled = torch.compile(ops.linear, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+
+
+@needs_native
+def test_bad_input_is_refused():
+    with pytest.raises(RuntimeError, match=r'linear: weight must have shape \(out, 3\), but has \[2, 5\]'):
+        ops.linear(torch.randn(4, 3), torch.randn(2, 5))
+    with pytest.raises(RuntimeError, match='linear: bias must have 2 elements, but has 3'):
+        ops.linear(torch.randn(4, 3), torch.randn(2, 3), torch.randn(3))
+    with pytest.raises(RuntimeError, match='linear: the gradient has 4 rows, but x has 5'):
+        linear_weight_gradient(torch.randn(4, 3), torch.randn(5, 3))
