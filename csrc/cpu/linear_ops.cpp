@@ -23,58 +23,12 @@ at::Tensor checked(const char* op, const char* name, const at::Tensor& t) {
   return as_matrix(t);
 }
 
-struct RowNorm {
-  at::Tensor weight, bias;
-  int64_t dim;
-  float eps;
-
-  RowNorm(const at::Tensor& weight_, const at::Tensor& bias_, double eps_)
-      : weight(padded(weight_)), bias(padded(bias_)), dim(weight_.size(0)), eps(static_cast<float>(eps_)) {}
-
-  int64_t scratch() const { return scratch::gated_layer_norm(dim); }
-
-  // LayerNorm of rows, times SiLU of those of the gate if there is one.
-  void run(const float* x, int64_t x_row, const float* gate, int64_t gate_row, int64_t rows, float* y, int64_t y_row,
-           float* scratch) const {
-    const auto matrix = [](const float* data, int64_t row) {
-      return Matrix{const_cast<float*>(data), Type::kFloat, row};
-    };
-    const NormArgs args{rows, dim, matrix(x, x_row), matrix(gate, gate_row), data(weight), data(bias), eps};
-    kernels().gated_layer_norm(args, matrix(y, y_row), 0, rows, scratch);
-  }
-};
-
-struct Product {
-  at::Tensor packed, bias;
-  Activation activation;
-  int64_t in, out;
-
-  Product(const char* op, int64_t in_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
-          Activation activation_ = Activation::kNone)
-      : activation(activation_), in(in_), out(weight_.size(0)) {
-    TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
-                weight_.sizes());
-    TORCH_CHECK(!bias_ || bias_->numel() == out, op, ": bias must have ", out, " elements, but has ", bias_->numel());
-    if (bias_) bias = padded(*bias_, kWidestPanel);
-    const at::Tensor weight = weight_.to(at::kFloat);
-    packed = at::empty({(out + kWidestPanel - 1) / kWidestPanel * kWidestPanel, in}, weight.options());
-    float* target = packed.mutable_data_ptr<float>();
-    parallel_tasks(panels(), 0, [&](int64_t i, float*) {
-      kernels().pack_linear(data(weight), weight.stride(0), weight.stride(1), out, in, target, i);
-    });
-  }
-
-  int64_t panels() const { return (out + kernels().panel - 1) / kernels().panel; }
-
-  void run(const float* x, int64_t x_row, int64_t rows, float* y, int64_t y_row, const float* residual = nullptr,
-           int64_t residual_row = 0) const {
-    kernels().linear(
-        {rows, in, out, data(packed), data(bias), activation, x, x_row, residual, residual_row, y, y_row}, 0, panels());
-  }
-};
-
 // The distance of rows in scratch memory: not a power of two, lest they push each other out of the caches.
 int64_t spaced(int64_t channels) { return (channels + 31) / 16 * 16; }
+
+at::Tensor spaced_matrix(int64_t rows, int64_t channels, const at::Tensor& like) {
+  return at::empty({rows, spaced(channels)}, like.options()).narrow(1, 0, channels);
+}
 
 // Runs task(first row, number of rows, scratch) for all rows, with `each` floats of scratch for each row and `more`.
 template <class Task>
@@ -95,20 +49,109 @@ at::Tensor with_channels(const at::Tensor& x, int64_t channels) {
   return at::empty(sizes, x.options());
 }
 
+struct RowNorm {
+  at::Tensor weight, bias;
+  int64_t dim;
+  float eps;
+
+  RowNorm(const at::Tensor& weight_, const at::Tensor& bias_, double eps_)
+      : weight(padded(weight_)), bias(padded(bias_)), dim(weight_.size(0)), eps(static_cast<float>(eps_)) {}
+
+  int64_t scratch() const { return scratch::gated_layer_norm(dim); }
+
+  // LayerNorm of rows, times SiLU of those of the gate if there is one.
+  void run(const float* x, int64_t x_row, const float* gate, int64_t gate_row, int64_t rows, float* y, int64_t y_row,
+           float* scratch) const {
+    const auto matrix = [](const float* data, int64_t row) {
+      return Matrix{const_cast<float*>(data), Type::kFloat, row};
+    };
+    const NormArgs args{rows, dim, matrix(x, x_row), matrix(gate, gate_row), data(weight), data(bias), eps};
+    kernels().gated_layer_norm(args, matrix(y, y_row), 0, rows, scratch);
+  }
+
+  // For all rows of x.
+  at::Tensor apply(const at::Tensor& x, const at::Tensor& gate = {}) const {
+    const at::Tensor y = spaced_matrix(x.size(0), dim, x);
+    float* target = y.mutable_data_ptr<float>();
+    const int64_t gate_row = gate.defined() ? gate.stride(0) : 0;
+    over_rows(x.size(0), 0, scratch(), [&](int64_t first, int64_t rows, float* memory) {
+      run(data(x) + first * x.stride(0), x.stride(0), gate.defined() ? data(gate) + first * gate_row : nullptr, gate_row,
+          rows, target + first * y.stride(0), y.stride(0), memory);
+    });
+    return y;
+  }
+};
+
+struct Product {
+  at::Tensor weight, bias, packed;
+  Activation activation;
+  int64_t in, out;
+
+  Product(const char* op, int64_t in_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
+          Activation activation_ = Activation::kNone)
+      : weight(weight_.to(at::kFloat)), activation(activation_), in(in_), out(weight_.size(0)) {
+    TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
+                weight_.sizes());
+    TORCH_CHECK(!bias_ || bias_->numel() == out, op, ": bias must have ", out, " elements, but has ", bias_->numel());
+    if (bias_) bias = padded(*bias_, kWidestPanel);
+  }
+
+  // Whether the weights are more than what they meet. Then threads share them, not the rows: each packs some output
+  // channels' weights and uses them at once, before they leave the caches.
+  bool outweighs(int64_t rows) const { return in * out > rows * (in + out); }
+
+  static int64_t panels(int64_t channels) { return (channels + kernels().panel - 1) / kernels().panel; }
+
+  void pack(int64_t first, int64_t channels, float* target, int64_t panel) const {
+    kernels().pack_linear(data(weight) + first * weight.stride(0), weight.stride(0), weight.stride(1), channels, in,
+                          target, panel);
+  }
+
+  // Before the first call of run.
+  void pack_all() {
+    packed = at::empty({(out + kWidestPanel - 1) / kWidestPanel * kWidestPanel, in}, weight.options());
+    float* target = packed.mutable_data_ptr<float>();
+    parallel_tasks(panels(out), 0, [&](int64_t i, float*) { pack(0, out, target, i); });
+  }
+
+  void run(const float* x, int64_t x_row, int64_t rows, float* y, int64_t y_row, const float* residual = nullptr,
+           int64_t residual_row = 0) const {
+    kernels().linear({rows, in, out, data(packed), data(bias), activation, x, x_row, residual, residual_row, y, y_row}, 0,
+                     panels(out));
+  }
+
+  // For all rows of x, to those of y.
+  void apply(const at::Tensor& x, const at::Tensor& y, const at::Tensor& residual = {}) {
+    float* target = y.mutable_data_ptr<float>();
+    const int64_t rows = x.size(0), x_row = x.stride(0), y_row = y.stride(0);
+    const int64_t residual_row = residual.defined() ? residual.stride(0) : 0;
+    if (!outweighs(rows)) {
+      pack_all();
+      return over_rows(rows, 0, 0, [&](int64_t first, int64_t count, float*) {
+        run(data(x) + first * x_row, x_row, count, target + first * y_row, y_row,
+            residual.defined() ? data(residual) + first * residual_row : nullptr, residual_row);
+      });
+    }
+    const int64_t group = std::max<int64_t>(32768 / in / kWidestPanel, 1) * kWidestPanel;
+    parallel_tasks((out + group - 1) / group, group * in, [&](int64_t i, float* memory) {
+      const int64_t first = i * group, channels = std::min(group, out - first);
+      for (int64_t panel = 0; panel < panels(channels); ++panel) pack(first, channels, memory, panel);
+      kernels().linear({rows, in, channels, memory, bias.defined() ? data(bias) + first : nullptr, activation, data(x), x_row,
+                        residual.defined() ? data(residual) + first : nullptr, residual_row, target + first, y_row},
+                       0, panels(channels));
+    });
+  }
+};
+
 at::Tensor linear_layer(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool relu,
                         const std::optional<at::Tensor>& residual_) {
   const at::Tensor x = checked("linear_layer", "x", x_);
   const at::Tensor residual = residual_ ? checked("linear_layer", "residual", *residual_) : at::Tensor();
-  const Product product("linear", x.size(1), weight, bias, relu ? Activation::kRelu : Activation::kNone);
+  Product product("linear", x.size(1), weight, bias, relu ? Activation::kRelu : Activation::kNone);
   at::Tensor out = with_channels(x_, product.out);
   TORCH_CHECK(!residual_ || residual_->sizes() == out.sizes(), "linear_layer: residual must have shape ", out.sizes(),
               ", but has ", residual_->sizes());
-  float* y = out.mutable_data_ptr<float>();
-  const int64_t residual_row = residual_ ? residual.stride(0) : 0;
-  over_rows(x.size(0), 0, 0, [&](int64_t first, int64_t rows, float*) {
-    product.run(data(x) + first * x.stride(0), x.stride(0), rows, y + first * product.out, product.out,
-                residual_ ? data(residual) + first * residual_row : nullptr, residual_row);
-  });
+  product.apply(x, out.view({x.size(0), product.out}), residual);
   return out;
 }
 
@@ -151,14 +194,19 @@ at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, cons
                        const at::Tensor& weight) {
   const at::Tensor x = checked("norm_linear", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps);
-  const Product product("norm_linear", norm.dim, weight);
-  at::Tensor out = with_channels(x_, product.out);
-  float* y = out.mutable_data_ptr<float>();
+  Product product("norm_linear", norm.dim, weight);
+  const at::Tensor out = with_channels(x_, product.out), y = out.view({x.size(0), product.out});
+  if (product.outweighs(x.size(0))) {
+    product.apply(norm.apply(x), y);
+    return out;
+  }
+  product.pack_all();
+  float* target = out.mutable_data_ptr<float>();
   const int64_t row = spaced(norm.dim);
   over_rows(x.size(0), row, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
     float* normed = memory + norm.scratch();
     norm.run(data(x) + first * x.stride(0), x.stride(0), nullptr, 0, rows, normed, row, memory);
-    product.run(normed, row, rows, y + first * product.out, product.out);
+    product.run(normed, row, rows, target + first * product.out, product.out);
   });
   return out;
 }
@@ -169,8 +217,16 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
                         const at::Tensor& weight) {
   const at::Tensor y = checked("gated_output", "y", y_), x = checked("gated_output", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps), out_norm(out_norm_weight, out_norm_bias, out_eps);
-  const Product gate("gated_output", norm.dim, gate_weight), product("gated_output", out_norm.dim, weight);
-  at::Tensor out = with_channels(x_, product.out);
+  Product gate("gated_output", norm.dim, gate_weight), product("gated_output", out_norm.dim, weight);
+  const at::Tensor out = with_channels(x_, product.out);
+  if (product.outweighs(x.size(0))) {
+    const at::Tensor gates = spaced_matrix(x.size(0), gate.out, x);
+    gate.apply(norm.apply(x), gates);
+    product.apply(out_norm.apply(y, gates), out.view({x.size(0), product.out}), x);
+    return out;
+  }
+  gate.pack_all();
+  product.pack_all();
   float* target = out.mutable_data_ptr<float>();
   const int64_t more = std::max(norm.scratch(), out_norm.scratch());
   const int64_t row = spaced(norm.dim), inner = spaced(gate.out);
@@ -192,18 +248,25 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
                     const at::Tensor& bias2) {
   const at::Tensor x = checked("norm_mlp", "x", x_);
   const RowNorm norm(norm_weight, norm_bias, eps);
-  const Product first_product("norm_mlp", norm.dim, weight1, bias1, Activation::kGelu),
-      second("norm_mlp", first_product.out, weight2, bias2);
-  at::Tensor out = with_channels(x_, second.out);
-  float* y = out.mutable_data_ptr<float>();
-  const int64_t row = spaced(norm.dim), wide = spaced(first_product.out);
+  Product widen("norm_mlp", norm.dim, weight1, bias1, Activation::kGelu), narrow("norm_mlp", widen.out, weight2, bias2);
+  const at::Tensor out = with_channels(x_, narrow.out);
+  if (widen.outweighs(x.size(0))) {
+    const at::Tensor hidden = spaced_matrix(x.size(0), widen.out, x);
+    widen.apply(norm.apply(x), hidden);
+    narrow.apply(hidden, out.view({x.size(0), narrow.out}), x);
+    return out;
+  }
+  widen.pack_all();
+  narrow.pack_all();
+  float* target = out.mutable_data_ptr<float>();
+  const int64_t row = spaced(norm.dim), wide = spaced(widen.out);
   over_rows(x.size(0), row + wide, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
     float* normed = memory + norm.scratch();
     float* hidden = normed + rows * row;
     const float* residual = data(x) + first * x.stride(0);
     norm.run(residual, x.stride(0), nullptr, 0, rows, normed, row, memory);
-    first_product.run(normed, row, rows, hidden, wide);
-    second.run(hidden, wide, rows, y + first * second.out, second.out, residual, x.stride(0));
+    widen.run(normed, row, rows, hidden, wide);
+    narrow.run(hidden, wide, rows, target + first * narrow.out, narrow.out, residual, x.stride(0));
   });
   return out;
 }
