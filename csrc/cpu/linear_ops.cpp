@@ -1,5 +1,5 @@
-// Layers of the network that run as one op where no gradients are needed: blocks of rows go through all their steps in
-// the caches, so what lies between is never written to memory.
+// Matrix products and their gradients; and layers of the network that run as one op where no gradients are needed: blocks
+// of rows go through all their steps in the caches, so what lies between is never written to memory.
 #include <torch/library.h>
 
 #include <cstring>
@@ -54,8 +54,13 @@ struct RowNorm {
   int64_t dim;
   float eps;
 
-  RowNorm(const at::Tensor& weight_, const at::Tensor& bias_, double eps_)
-      : weight(padded(weight_)), bias(padded(bias_)), dim(weight_.size(0)), eps(static_cast<float>(eps_)) {}
+  RowNorm(const char* op, int64_t dim_, const at::Tensor& weight_, const at::Tensor& bias_, double eps_)
+      : weight(padded(weight_)), bias(padded(bias_)), dim(dim_), eps(static_cast<float>(eps_)) {
+    for (const at::Tensor& t : {weight_, bias_}) {
+      TORCH_CHECK(t.dim() == 1 && t.size(0) == dim, op, ": a norm's weight and bias must have shape (", dim, "), but one has ",
+                  t.sizes());
+    }
+  }
 
   int64_t scratch() const { return scratch::gated_layer_norm(dim); }
 
@@ -92,7 +97,8 @@ struct Product {
       : weight(weight_.to(at::kFloat)), activation(activation_), in(in_), out(weight_.size(0)) {
     TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
                 weight_.sizes());
-    TORCH_CHECK(!bias_ || bias_->numel() == out, op, ": bias must have ", out, " elements, but has ", bias_->numel());
+    TORCH_CHECK(!bias_ || (bias_->dim() == 1 && bias_->size(0) == out), op, ": bias must have shape (", out, "), but has ",
+                bias_ ? bias_->sizes() : at::IntArrayRef());
     if (bias_) bias = padded(*bias_, kWidestPanel);
   }
 
@@ -143,25 +149,38 @@ struct Product {
   }
 };
 
-at::Tensor linear_layer(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool relu,
-                        const std::optional<at::Tensor>& residual_) {
-  const at::Tensor x = checked("linear_layer", "x", x_);
-  const at::Tensor residual = residual_ ? checked("linear_layer", "residual", *residual_) : at::Tensor();
-  Product product("linear", x.size(1), weight, bias, relu ? Activation::kRelu : Activation::kNone);
-  at::Tensor out = with_channels(x_, product.out);
-  TORCH_CHECK(!residual_ || residual_->sizes() == out.sizes(), "linear_layer: residual must have shape ", out.sizes(),
-              ", but has ", residual_->sizes());
+at::Tensor product_of(const char* op, const at::Tensor& x_, const at::Tensor& weight,
+                      const std::optional<at::Tensor>& bias, Activation activation,
+                      const std::optional<at::Tensor>& residual_) {
+  const at::Tensor x = checked(op, "x", x_);
+  Product product(op, x.size(1), weight, bias, activation);
+  const at::Tensor out = with_channels(x_, product.out);
+  at::Tensor residual;
+  if (residual_) {
+    TORCH_CHECK(residual_->sizes() == out.sizes(), op, ": residual must have shape ", out.sizes(), ", but has ",
+                residual_->sizes());
+    residual = checked(op, "residual", *residual_);
+  }
   product.apply(x, out.view({x.size(0), product.out}), residual);
   return out;
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return linear_layer(x, weight, bias, false, std::nullopt);
+  return product_of("linear", x, weight, bias, Activation::kNone, std::nullopt);
+}
+
+at::Tensor linear_layer(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool relu,
+                        const std::optional<at::Tensor>& residual) {
+  return product_of("linear_layer", x, weight, bias, relu ? Activation::kRelu : Activation::kNone, residual);
 }
 
 // The sums over rows run in a fixed order, whatever the number of threads: parts of the rows, then these.
 at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_) {
-  constexpr int64_t kPart = 4096, kStep = 128, kWidest = 256, kBlock = 49152, kTasks = 16;
+  constexpr int64_t kPart = 4096;    // most rows of a task
+  constexpr int64_t kStep = 128;     // rows that are packed at a time
+  constexpr int64_t kWidest = 256;   // most input channels of a task
+  constexpr int64_t kBlock = 49152;  // most elements of the gradient that a task computes
+  constexpr int64_t kTasks = 16;     // fewest tasks, where there are rows enough
   const at::Tensor grad = checked("linear", "the gradient", grad_), x = checked("linear", "x", x_);
   const int64_t rows = x.size(0), out = grad.size(1), in = x.size(1), tile = kernels().tile_rows, panel = kernels().panel;
   TORCH_CHECK(grad.size(0) == rows, "linear: the gradient has ", grad.size(0), " rows, but x has ", rows);
@@ -187,13 +206,16 @@ at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_)
       std::memcpy(target + (part * out + o + k) * in + c, total + k * ins, width * sizeof(float));
     }
   });
-  return parts == 1 ? sums.select(0, 0) : sums.sum(0);
+  if (parts == 1) return sums.select(0, 0);
+  at::Tensor result = sums.select(0, 0).clone();
+  for (int64_t part = 1; part < parts; ++part) result.add_(sums.select(0, part));
+  return result;
 }
 
 at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
                        const at::Tensor& weight) {
   const at::Tensor x = checked("norm_linear", "x", x_);
-  const RowNorm norm(norm_weight, norm_bias, eps);
+  const RowNorm norm("norm_linear", x.size(1), norm_weight, norm_bias, eps);
   Product product("norm_linear", norm.dim, weight);
   const at::Tensor out = with_channels(x_, product.out), y = out.view({x.size(0), product.out});
   if (product.outweighs(x.size(0))) {
@@ -215,9 +237,13 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
                         const at::Tensor& norm_bias, double eps, const at::Tensor& gate_weight,
                         const at::Tensor& out_norm_weight, const at::Tensor& out_norm_bias, double out_eps,
                         const at::Tensor& weight) {
-  const at::Tensor y = checked("gated_output", "y", y_), x = checked("gated_output", "x", x_);
-  const RowNorm norm(norm_weight, norm_bias, eps), out_norm(out_norm_weight, out_norm_bias, out_eps);
-  Product gate("gated_output", norm.dim, gate_weight), product("gated_output", out_norm.dim, weight);
+  const char* op = "gated_output";
+  const at::Tensor y = checked(op, "y", y_), x = checked(op, "x", x_);
+  const RowNorm norm(op, x.size(1), norm_weight, norm_bias, eps);
+  const RowNorm out_norm(op, y.size(1), out_norm_weight, out_norm_bias, out_eps);
+  Product gate(op, norm.dim, gate_weight), product(op, gate.out, weight);
+  TORCH_CHECK(y.size(0) == x.size(0) && out_norm.dim == gate.out && product.out == x.size(1), op, ": shapes do not fit: x ",
+              x_.sizes(), ", y ", y_.sizes(), ", gate_weight ", gate_weight.sizes(), ", weight ", weight.sizes());
   const at::Tensor out = with_channels(x_, product.out);
   if (product.outweighs(x.size(0))) {
     const at::Tensor gates = spaced_matrix(x.size(0), gate.out, x);
@@ -246,9 +272,11 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
 at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
                     const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
                     const at::Tensor& bias2) {
-  const at::Tensor x = checked("norm_mlp", "x", x_);
-  const RowNorm norm(norm_weight, norm_bias, eps);
-  Product widen("norm_mlp", norm.dim, weight1, bias1, Activation::kGelu), narrow("norm_mlp", widen.out, weight2, bias2);
+  const char* op = "norm_mlp";
+  const at::Tensor x = checked(op, "x", x_);
+  const RowNorm norm(op, x.size(1), norm_weight, norm_bias, eps);
+  Product widen(op, norm.dim, weight1, bias1, Activation::kGelu), narrow(op, widen.out, weight2, bias2);
+  TORCH_CHECK(narrow.out == x.size(1), op, ": weight2 must have ", x.size(1), " rows, but has ", narrow.out);
   const at::Tensor out = with_channels(x_, narrow.out);
   if (widen.outweighs(x.size(0))) {
     const at::Tensor hidden = spaced_matrix(x.size(0), widen.out, x);

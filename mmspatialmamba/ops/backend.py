@@ -67,6 +67,10 @@ _NATIVE_DEVICES = frozenset(
 )
 
 
+# The products for other processors are correct, but PyTorch's libraries know these better.
+_HAS_FAST_PRODUCTS = 'cpu' in _NATIVE_DEVICES and torch.ops.mmspatialmamba_native.instruction_set() != 'baseline'
+
+
 def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot run on a device, with what would make it usable, or None where it can.
 
@@ -162,3 +166,18 @@ def kernels(*tensors: torch.Tensor):
 def fuses_elementwise(*tensors: torch.Tensor) -> bool:
     """Whether the next call's backend has the fused element-wise ops: native, on the CPU."""
     return tensors[0].device.type == 'cpu' and _choose(*tensors) == 'native'
+
+
+def has_products(*tensors: torch.Tensor | None) -> bool:
+    """Whether the next call's products are the native backend's: for float32 on a CPU with AVX2 or AVX-512.
+
+    They need at least one channel and one pixel. Autocast, ``torch.compile``, export and tracing want PyTorch's own.
+    """
+    return (
+        _HAS_FAST_PRODUCTS
+        and all(t is None or (t.dtype == torch.float32 and t.device.type == 'cpu' and t.numel()) for t in tensors)
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and fuses_elementwise(tensors[0])
+    )

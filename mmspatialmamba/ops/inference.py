@@ -1,4 +1,4 @@
-"""Layers of the network as one op each, where no gradients are needed: native backend, CPU, float32.
+"""Layers of the network as one op each, where no gradients are needed: native backend, float32, CPU with AVX2 or AVX-512.
 
 What lies between their steps stays in the processor's caches, so it costs neither memory nor the time to write it.
 :func:`fuses_layers` tells whether they can run. None of them has a backward pass.
@@ -14,19 +14,12 @@ from . import backend
 def fuses_layers(x: torch.Tensor) -> bool:
     """Whether the functions of this module can run on an input, and nothing asks for more than their results.
 
-    Gradients, autocast, ``torch.compile``, export and tracing do ask for more.
+    Gradients do ask for more.
 
     Args:
         x (Tensor): The input.
     """
-    return not (
-        torch.is_grad_enabled()
-        or x.dtype != torch.float32
-        or x.device.type != 'cpu'
-        or torch.is_autocast_enabled('cpu')
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    ) and backend.fuses_elementwise(x)
+    return not torch.is_grad_enabled() and backend.has_products(x)
 
 
 def norm_linear(x: torch.Tensor, norm: torch.nn.LayerNorm, weight: torch.Tensor) -> torch.Tensor:

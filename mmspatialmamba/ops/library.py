@@ -170,21 +170,24 @@ def _register_products() -> None:
     ops, namespace = torch.ops.mmspatialmamba_native, 'mmspatialmamba_native'
 
     def keep(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
+        """The factors of the gradients that are needed, each of which has the other factor."""
+        (a, b, *_), (of_a, of_b, *_) = inputs, ctx.needs_input_grad
+        ctx.save_for_backward(a if of_b else None, b if of_a else None)
 
     def of_linear(ctx, grad):
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            ops.linear(grad, weight.t(), None) if of_x else None,
-            ops.linear_weight_gradient(grad, x) if of_weight else None,
-            grad.flatten(0, -2).sum(0) if of_bias else None,
+            None if weight is None else ops.linear(grad, weight.t(), None),
+            None if x is None else ops.linear_weight_gradient(grad, x),
+            grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None,
         )
 
     def of_weight_gradient(ctx, grad):
         output_grad, x = ctx.saved_tensors
-        of_grad, of_x = ctx.needs_input_grad
-        return ops.linear(x, grad, None) if of_grad else None, ops.linear(output_grad, grad.t(), None) if of_x else None
+        return (
+            None if x is None else ops.linear(x, grad, None),
+            None if output_grad is None else ops.linear(output_grad, grad.t(), None),
+        )
 
     torch.library.register_autograd(f'{namespace}::linear', of_linear, setup_context=keep)
     torch.library.register_autograd(f'{namespace}::linear_weight_gradient', of_weight_gradient, setup_context=keep)
@@ -194,7 +197,7 @@ _libraries = []
 
 
 def register(backend: str, kernels: Mapping[str, Callable] | None = None) -> None:
-    """Register the six ops of a backend.
+    """Register a backend's ops: those of ``SCHEMAS``, and for the native backend the ones that it alone has.
 
     Args:
         backend (str): Name of the backend; the ops' namespace is ``mmspatialmamba_`` and this.

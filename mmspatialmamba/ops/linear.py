@@ -6,21 +6,11 @@ import torch.nn.functional as F
 from . import backend
 
 
-def _is_native(*tensors: torch.Tensor | None) -> bool:
-    return (
-        all(t is None or (t.dtype == torch.float32 and t.device.type == 'cpu') for t in tensors)
-        and not torch.is_autocast_enabled('cpu')
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and backend.fuses_elementwise(tensors[0])
-    )
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear(x, weight, bias)``, on the CPU in float32 with the native backend's products.
+    """``F.linear(x, weight, bias)``, with the native backend's products for float32 on a CPU with AVX2 or AVX-512.
 
     These are as fast as PyTorch's for many channels, and faster for few. Elsewhere, for other dtypes, under autocast,
-    ``torch.compile``, export and tracing it is PyTorch's.
+    ``torch.compile``, export and tracing they are PyTorch's.
 
     Args:
         x (Tensor): Input, (..., in).
@@ -30,7 +20,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         Tensor: (..., out).
     """
-    if _is_native(x, weight, bias):
+    if backend.has_products(x, weight, bias):
         return torch.ops.mmspatialmamba_native.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -45,6 +35,6 @@ def linear_weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     Returns:
         Tensor: (out, in).
     """
-    if _is_native(grad, x):
+    if backend.has_products(grad, x):
         return torch.ops.mmspatialmamba_native.linear_weight_gradient(grad, x)
     return grad.t() @ x

@@ -111,11 +111,20 @@ def test_shapes_that_do_not_fit_are_refused():
         linear_layer(torch.randn(2, 3), torch.randn(4, 3), residual=torch.randn(4))
     with pytest.raises(RuntimeError, match=r'norm_linear: weight must have shape \(out, 3\), but has \[4, 2\]'):
         norm_linear(torch.randn(2, 3), make_norm(3), torch.randn(4, 2))
+    with pytest.raises(RuntimeError, match=r'norm_linear: a norm.s weight and bias must have shape \(3\), but one'):
+        norm_linear(torch.randn(2, 3), make_norm(4), torch.randn(4, 3))
+    weights = make_weight(8, 4), torch.randn(8), make_weight(5, 8), torch.randn(5)
+    with pytest.raises(RuntimeError, match='norm_mlp: weight2 must have 4 rows, but has 5'):
+        norm_mlp(torch.randn(2, 4), make_norm(4), *weights)
+    with pytest.raises(RuntimeError, match=r'gated_output: shapes do not fit: x \[3, 4\], y \[2, 8\], '):
+        gated_output(
+            torch.randn(2, 8), torch.randn(3, 4), make_norm(4), make_weight(8, 4), make_norm(8), make_weight(4, 8)
+        )
 
 
 def test_when_layers_are_fused():
     x = torch.randn(2)
-    assert fuses_layers(x)
+    assert fuses_layers(x) == (torch.ops.mmspatialmamba_native.instruction_set() != 'baseline')
     assert not fuses_layers(x.double()) and not fuses_layers(x.bfloat16())
     with torch.enable_grad():
         assert not fuses_layers(x)

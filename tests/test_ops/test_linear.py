@@ -10,12 +10,18 @@ from mmspatialmamba import ops
 from mmspatialmamba.ops.linear import linear_weight_gradient
 
 pytestmark = pytest.mark.usefixtures('poisoned_memory')
-needs_native = pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+NATIVE = torch.ops.mmspatialmamba_native if 'native' in ops.available_backends() else None
+needs_native = pytest.mark.skipif(NATIVE is None, reason='needs the compiled ops')
 # Rows, channels in, channels out: whole tiles, panels, blocks and parts of each instruction set, and what is left over.
 SIZES = [
     *[(1, 1, 1), (7, 5, 3), (48, 64, 64), (50, 130, 33), (300, 33, 130), (5, 300, 16), (289, 16, 48)],
     *[(129, 3, 2000), (130, 2000, 3), (9000, 4, 20), (4100, 260, 200)],
 ]
+
+
+def linear(x, weight, bias=None):
+    """The compiled product, also on processors without AVX2, where the package prefers PyTorch's."""
+    return NATIVE.linear(x, weight, bias) if NATIVE else ops.linear(x, weight, bias)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +39,7 @@ def make(rows, channels, out):
 def test_output_and_gradients(sizes, with_bias):
     inputs = make(*sizes)[: 2 + with_bias]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    out, expected = ops.linear(*inputs), F.linear(*exact)
+    out, expected = linear(*inputs), F.linear(*exact)
     assert relative_error(out, expected) < 2e-6
     grad = torch.randn_like(out)
     for mine, true in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, exact, grad.double())):
@@ -45,8 +51,8 @@ def test_second_derivatives():
     inputs = make(6, 5, 4)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     seconds = []
-    for tensors in (inputs, exact):
-        first = torch.autograd.grad(ops.linear(*tensors).square().sum(), tensors, create_graph=True)
+    for product, tensors in ((linear, inputs), (F.linear, exact)):
+        first = torch.autograd.grad(product(*tensors).square().sum(), tensors, create_graph=True)
         seconds.append(torch.autograd.grad(sum(g.pow(3).sum() for g in first), tensors))
     for mine, true in zip(*seconds):
         assert relative_error(mine, true) < 1e-5
@@ -56,9 +62,9 @@ def test_strides_leading_dimensions_and_no_rows():
     weight, wide = torch.randn(20, 17), torch.randn(3, 4, 50)
     for x in (wide[..., 5:22], wide.permute(2, 0, 1)[:17].permute(1, 2, 0), wide[:, ::2, 1:18]):
         for w in (weight, torch.randn(17, 20).t(), torch.randn(40, 34)[::2, ::2]):
-            assert relative_error(ops.linear(x, w), F.linear(x.double(), w.double())) < 2e-6
+            assert relative_error(linear(x, w), F.linear(x.double(), w.double())) < 2e-6
     leaves = [torch.randn(0, 4, 17, requires_grad=True), weight.requires_grad_()]
-    out = ops.linear(*leaves)
+    out = linear(*leaves)
     assert out.shape == (0, 4, 20)
     grads = torch.autograd.grad(out, leaves, torch.randn(0, 4, 20))
     assert grads[0].shape == (0, 4, 17) and torch.equal(grads[1], torch.zeros(20, 17))
@@ -68,10 +74,30 @@ def test_gradients_of_parts_of_a_gradient():
     x, weight, _ = make(40, 6, 10)
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     results = []
-    for tensors in ((x, weight), exact):
-        first, second = ops.linear(*tensors).chunk(2, dim=-1)
+    for product, tensors in ((linear, (x, weight)), (F.linear, exact)):
+        first, second = product(*tensors).chunk(2, dim=-1)
         results.append(torch.autograd.grad(first.sum() + second.t().square().sum(), tensors))
     assert all(relative_error(mine, true) < 2e-6 for mine, true in zip(*results))
+
+
+def test_one_pixel_without_dimensions_and_no_channels():
+    x, weight, bias = make(1, 6, 10)
+    leaves = [x.detach()[0].requires_grad_(), weight, bias]
+    expected = torch.autograd.grad(F.linear(*leaves).sum(), leaves)
+    for mine, true in zip(torch.autograd.grad(linear(*leaves).sum(), leaves), expected):
+        torch.testing.assert_close(mine, true)
+    assert torch.equal(ops.linear(torch.randn(3, 0), torch.randn(4, 0)), torch.zeros(3, 4))
+    assert ops.linear(torch.randn(3, 4), torch.randn(0, 4)).shape == (3, 0)
+
+
+@needs_native
+def test_only_the_factors_of_gradients_that_are_needed_are_kept():
+    for frozen in range(2):
+        inputs, kept = make(40, 6, 10), []
+        inputs[frozen].requires_grad_(False)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            linear(*inputs)
+        assert [t.shape for t in kept] == [inputs[frozen].shape]
 
 
 @needs_native
@@ -79,7 +105,7 @@ def test_only_the_gradients_that_are_needed_are_computed():
     x, weight, bias = make(40, 6, 10)
     for frozen, products in ((x, 1), (weight, 1), (bias, 2)):
         frozen.requires_grad_(False)
-        out = ops.linear(x, weight, bias)
+        out = linear(x, weight, bias)
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
         assert counter.get_total_flops() == products * 2 * 40 * 6 * 10
@@ -92,7 +118,7 @@ def test_only_the_gradients_that_are_needed_are_computed():
 def test_special_values_stay_in_their_row():
     x = torch.randn(60, 40)
     x[7, 3], x[20, 5] = torch.nan, torch.inf
-    rows = ~ops.linear(x, torch.randn(50, 40)).isfinite().all(1)
+    rows = ~linear(x, torch.randn(50, 40)).isfinite().all(1)
     assert rows.nonzero().flatten().tolist() == [7, 20]
     columns = ~linear_weight_gradient(torch.randn(60, 50), x).isfinite().all(0)
     assert columns.nonzero().flatten().tolist() == [3, 5]
@@ -104,7 +130,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     x, weight, _ = make(5000, 48, 70)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        out = ops.linear(x, weight)
+        out = linear(x, weight)
         results.append([out, *torch.autograd.grad(out, [x, weight], torch.ones_like(out))])
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -115,9 +141,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize('with_bias', [True, False], ids=['bias', ''])
 def test_opcheck(with_bias):
     x, weight, bias = make(5, 4, 3)
-    namespace = torch.ops.mmspatialmamba_native
-    torch.library.opcheck(namespace.linear.default, (x, weight, bias if with_bias else None))
-    torch.library.opcheck(namespace.linear_weight_gradient.default, (torch.randn(5, 3).requires_grad_(), x))
+    torch.library.opcheck(NATIVE.linear.default, (x, weight, bias if with_bias else None))
+    torch.library.opcheck(NATIVE.linear_weight_gradient.default, (torch.randn(5, 3).requires_grad_(), x))
 
 
 def test_which_products_are_native(monkeypatch):
@@ -126,7 +151,7 @@ def test_which_products_are_native(monkeypatch):
     def is_native(x, weight, bias=None):
         return 'mmspatialmamba' in type(ops.linear(x, weight, bias).grad_fn).__name__
 
-    assert is_native(x, weight) == ('native' in ops.available_backends())
+    assert is_native(x, weight) == (NATIVE is not None and NATIVE.instruction_set() != 'baseline')
     assert not is_native(x.double(), weight.double())
     with torch.autocast('cpu', torch.bfloat16):
         assert not is_native(x, weight)
@@ -140,8 +165,9 @@ def test_which_products_are_native(monkeypatch):
 @needs_native
 def test_bad_input_is_refused():
     with pytest.raises(RuntimeError, match=r'linear: weight must have shape \(out, 3\), but has \[2, 5\]'):
-        ops.linear(torch.randn(4, 3), torch.randn(2, 5))
-    with pytest.raises(RuntimeError, match='linear: bias must have 2 elements, but has 3'):
-        ops.linear(torch.randn(4, 3), torch.randn(2, 3), torch.randn(3))
+        linear(torch.randn(4, 3), torch.randn(2, 5))
+    for bias in (torch.randn(3), torch.randn(2, 1)):
+        with pytest.raises(RuntimeError, match=r'linear: bias must have shape \(2\), but has'):
+            linear(torch.randn(4, 3), torch.randn(2, 3), bias)
     with pytest.raises(RuntimeError, match='linear: the gradient has 4 rows, but x has 5'):
-        linear_weight_gradient(torch.randn(4, 3), torch.randn(5, 3))
+        NATIVE.linear_weight_gradient(torch.randn(4, 3), torch.randn(5, 3))

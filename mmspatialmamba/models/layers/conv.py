@@ -57,6 +57,7 @@ class ConvLayer(nn.Sequential):
 
             self.norm = build_norm_layer(norm_cfg, out_channels)[1]
         if act:
+            # A pointwise convolution's output is a view: to write into it, autograd would copy the whole map.
             self.act = nn.ReLU(inplace=kernel_size > 1)
 
 
