@@ -1,7 +1,7 @@
-"""Layers of the network as one op each, where no gradients are needed: native backend, float32, CPU with AVX2 or AVX-512.
+"""Layers of the network as one op each, where no gradients are needed: float32, on a CPU with AVX2 or AVX-512.
 
-What lies between their steps stays in the processor's caches, so it costs neither memory nor the time to write it.
-:func:`fuses_layers` tells whether they can run. None of them has a backward pass.
+They are the native backend's. What lies between their steps stays in the processor's caches, so it costs neither memory
+nor the time to write it. :func:`fuses_layers` tells whether they can run. None of them has a backward pass.
 """
 
 from __future__ import annotations
