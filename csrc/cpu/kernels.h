@@ -154,7 +154,7 @@ struct Kernels {
   // output channels, of which a panel is a part
   void (*pack_linear)(const float* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, float* packed,
                       int64_t panel);
-  void (*linear)(const LinearArgs&, int64_t first_panel, int64_t last_panel);
+  void (*linear)(const LinearArgs&);
   // scratch: `rows` floats for each row and column of y, whole tiles of them
   void (*outer)(const OuterArgs&, float* scratch);
 };

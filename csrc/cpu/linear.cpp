@@ -175,10 +175,11 @@ void pack_linear(const float* weight, int64_t out_step, int64_t in_step, int64_t
   }
 }
 
-void linear(const LinearArgs& args, int64_t first_panel, int64_t last_panel) {
+void linear(const LinearArgs& args) {
+  const int64_t panels = (args.out + kPanel - 1) / kPanel;
   for (int64_t first = 0; first < args.in; first += kChunk) {
     const int64_t size = smaller(kChunk, args.in - first);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    for (int64_t panel = 0; panel < panels; ++panel) {
       int64_t row = 0;
       for (; row + kTileRows <= args.rows; row += kTileRows) tile<kTileRows>(args, row, panel, first, size);
       last_tile<kTileRows - 1>(args, row, args.rows - row, panel, first, size);

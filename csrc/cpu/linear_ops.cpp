@@ -13,7 +13,14 @@ namespace {
 // At most so many rows of activations are computed at a time.
 constexpr int64_t kRows = 144;
 
-const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+// A matrix's or, without a column, a vector's elements from a place on; null where there is no tensor.
+const float* data(const at::Tensor& t, int64_t row = 0, int64_t column = 0) {
+  return t.defined() ? t.const_data_ptr<float>() + row * t.stride(0) + column : nullptr;
+}
+
+int64_t row_of(const at::Tensor& t) { return t.defined() ? t.stride(0) : 0; }
+
+int64_t whole(int64_t size, int64_t unit) { return at::divup(size, unit) * unit; }
 
 // as_matrix of a float32 CPU tensor.
 at::Tensor checked(const char* op, const char* name, const at::Tensor& t) {
@@ -35,10 +42,8 @@ template <class Task>
 void over_rows(int64_t rows, int64_t each, int64_t more, const Task& task) {
   if (rows == 0) return;
   const int64_t threads = at::get_num_threads(), tile = kernels().tile_rows;
-  int64_t tasks = (rows + kRows - 1) / kRows;
-  tasks = (tasks + threads - 1) / threads * threads;
-  const int64_t step = ((rows + tasks - 1) / tasks + tile - 1) / tile * tile;
-  parallel_tasks((rows + step - 1) / step, step * each + more, [&](int64_t i, float* scratch) {
+  const int64_t step = whole(at::divup(rows, whole(at::divup(rows, kRows), threads)), tile);
+  parallel_tasks(at::divup(rows, step), step * each + more, [&](int64_t i, float* scratch) {
     task(i * step, std::min(step, rows - i * step), scratch);
   });
 }
@@ -78,10 +83,8 @@ struct RowNorm {
   at::Tensor apply(const at::Tensor& x, const at::Tensor& gate = {}) const {
     const at::Tensor y = spaced_matrix(x.size(0), dim, x);
     float* target = y.mutable_data_ptr<float>();
-    const int64_t gate_row = gate.defined() ? gate.stride(0) : 0;
     over_rows(x.size(0), 0, scratch(), [&](int64_t first, int64_t rows, float* memory) {
-      run(data(x) + first * x.stride(0), x.stride(0), gate.defined() ? data(gate) + first * gate_row : nullptr, gate_row,
-          rows, target + first * y.stride(0), y.stride(0), memory);
+      run(data(x, first), row_of(x), data(gate, first), row_of(gate), rows, target + first * row_of(y), row_of(y), memory);
     });
     return y;
   }
@@ -106,45 +109,40 @@ struct Product {
   // channels' weights and uses them at once, before they leave the caches.
   bool outweighs(int64_t rows) const { return in * out > rows * (in + out); }
 
-  static int64_t panels(int64_t channels) { return (channels + kernels().panel - 1) / kernels().panel; }
+  static int64_t panels(int64_t channels) { return at::divup(channels, kernels().panel); }
 
   void pack(int64_t first, int64_t channels, float* target, int64_t panel) const {
-    kernels().pack_linear(data(weight) + first * weight.stride(0), weight.stride(0), weight.stride(1), channels, in,
-                          target, panel);
+    kernels().pack_linear(data(weight, first), weight.stride(0), weight.stride(1), channels, in, target, panel);
   }
 
   // Before the first call of run.
   void pack_all() {
-    packed = at::empty({(out + kWidestPanel - 1) / kWidestPanel * kWidestPanel, in}, weight.options());
+    packed = at::empty({whole(out, kWidestPanel), in}, weight.options());
     float* target = packed.mutable_data_ptr<float>();
     parallel_tasks(panels(out), 0, [&](int64_t i, float*) { pack(0, out, target, i); });
   }
 
   void run(const float* x, int64_t x_row, int64_t rows, float* y, int64_t y_row, const float* residual = nullptr,
            int64_t residual_row = 0) const {
-    kernels().linear({rows, in, out, data(packed), data(bias), activation, x, x_row, residual, residual_row, y, y_row}, 0,
-                     panels(out));
+    kernels().linear({rows, in, out, data(packed), data(bias), activation, x, x_row, residual, residual_row, y, y_row});
   }
 
   // For all rows of x, to those of y.
   void apply(const at::Tensor& x, const at::Tensor& y, const at::Tensor& residual = {}) {
     float* target = y.mutable_data_ptr<float>();
-    const int64_t rows = x.size(0), x_row = x.stride(0), y_row = y.stride(0);
-    const int64_t residual_row = residual.defined() ? residual.stride(0) : 0;
+    const int64_t rows = x.size(0), y_row = row_of(y);
     if (!outweighs(rows)) {
       pack_all();
       return over_rows(rows, 0, 0, [&](int64_t first, int64_t count, float*) {
-        run(data(x) + first * x_row, x_row, count, target + first * y_row, y_row,
-            residual.defined() ? data(residual) + first * residual_row : nullptr, residual_row);
+        run(data(x, first), row_of(x), count, target + first * y_row, y_row, data(residual, first), row_of(residual));
       });
     }
     const int64_t group = std::max<int64_t>(32768 / in / kWidestPanel, 1) * kWidestPanel;
-    parallel_tasks((out + group - 1) / group, group * in, [&](int64_t i, float* memory) {
+    parallel_tasks(at::divup(out, group), group * in, [&](int64_t i, float* memory) {
       const int64_t first = i * group, channels = std::min(group, out - first);
       for (int64_t panel = 0; panel < panels(channels); ++panel) pack(first, channels, memory, panel);
-      kernels().linear({rows, in, channels, memory, bias.defined() ? data(bias) + first : nullptr, activation, data(x), x_row,
-                        residual.defined() ? data(residual) + first : nullptr, residual_row, target + first, y_row},
-                       0, panels(channels));
+      kernels().linear({rows, in, channels, memory, data(bias, first), activation, data(x), row_of(x),
+                        data(residual, 0, first), row_of(residual), target + first, y_row});
     });
   }
 };
@@ -184,13 +182,11 @@ at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_)
   const at::Tensor grad = checked("linear", "the gradient", grad_), x = checked("linear", "x", x_);
   const int64_t rows = x.size(0), out = grad.size(1), in = x.size(1), tile = kernels().tile_rows, panel = kernels().panel;
   TORCH_CHECK(grad.size(0) == rows, "linear: the gradient has ", grad.size(0), " rows, but x has ", rows);
-  const auto ceiling = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit; };
-  const auto whole = [&](int64_t size, int64_t unit) { return std::max<int64_t>(ceiling(size, unit), 1) * unit; };
   // Blocks of about the same size, of whole tiles.
-  const int64_t across = ceiling(in, kWidest), ins = whole(ceiling(in, across), panel);
-  const int64_t outs = whole(ceiling(out, ceiling(out * ins, kBlock)), tile);
-  const int64_t blocks = ceiling(out, outs) * across, part_rows = whole(std::min(kPart, rows * blocks / kTasks), kStep);
-  const int64_t parts = std::max<int64_t>(ceiling(rows, part_rows), 1);
+  const int64_t across = at::divup(in, kWidest), ins = whole(at::divup(in, across), panel);
+  const int64_t outs = whole(at::divup(out, at::divup(out * ins, kBlock)), tile), blocks = at::divup(out, outs) * across;
+  const int64_t part_rows = whole(std::clamp<int64_t>(rows * blocks / kTasks, 1, kPart), kStep);
+  const int64_t parts = std::max<int64_t>(at::divup(rows, part_rows), 1);
   at::Tensor sums = at::empty({parts, out, in}, x.options());
   float* target = sums.mutable_data_ptr<float>();
   parallel_tasks(parts * blocks, kStep * (outs + ins) + outs * ins, [&](int64_t i, float* total) {
@@ -198,8 +194,8 @@ at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_)
     const int64_t height = std::min(out - o, outs), width = std::min(in - c, ins), last = std::min((part + 1) * part_rows, rows);
     std::memset(total, 0, outs * ins * sizeof(float));
     for (int64_t row = part * part_rows; row < last; row += kStep) {
-      kernels().outer({std::min(kStep, last - row), height, width, data(grad) + row * grad.stride(0) + o, grad.stride(0),
-                       data(x) + row * x.stride(0) + c, x.stride(0), total, ins},
+      kernels().outer({std::min(kStep, last - row), height, width, data(grad, row, o), row_of(grad), data(x, row, c),
+                       row_of(x), total, ins},
                       total + outs * ins);
     }
     for (int64_t k = 0; k < height; ++k) {
@@ -227,7 +223,7 @@ at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, cons
   const int64_t row = spaced(norm.dim);
   over_rows(x.size(0), row, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
     float* normed = memory + norm.scratch();
-    norm.run(data(x) + first * x.stride(0), x.stride(0), nullptr, 0, rows, normed, row, memory);
+    norm.run(data(x, first), row_of(x), nullptr, 0, rows, normed, row, memory);
     product.run(normed, row, rows, target + first * product.out, product.out);
   });
   return out;
@@ -260,11 +256,11 @@ at::Tensor gated_output(const at::Tensor& y_, const at::Tensor& x_, const at::Te
     float* normed = memory + more;
     float* gates = normed + rows * row;
     float* gated = gates + rows * inner;
-    const float* residual = data(x) + first * x.stride(0);
-    norm.run(residual, x.stride(0), nullptr, 0, rows, normed, row, memory);
+    const float* residual = data(x, first);
+    norm.run(residual, row_of(x), nullptr, 0, rows, normed, row, memory);
     gate.run(normed, row, rows, gates, inner);
-    out_norm.run(data(y) + first * y.stride(0), y.stride(0), gates, inner, rows, gated, inner, memory);
-    product.run(gated, inner, rows, target + first * product.out, product.out, residual, x.stride(0));
+    out_norm.run(data(y, first), row_of(y), gates, inner, rows, gated, inner, memory);
+    product.run(gated, inner, rows, target + first * product.out, product.out, residual, row_of(x));
   });
   return out;
 }
@@ -291,10 +287,10 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
   over_rows(x.size(0), row + wide, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
     float* normed = memory + norm.scratch();
     float* hidden = normed + rows * row;
-    const float* residual = data(x) + first * x.stride(0);
-    norm.run(residual, x.stride(0), nullptr, 0, rows, normed, row, memory);
+    const float* residual = data(x, first);
+    norm.run(residual, row_of(x), nullptr, 0, rows, normed, row, memory);
     widen.run(normed, row, rows, hidden, wide);
-    narrow.run(hidden, wide, rows, target + first * narrow.out, narrow.out, residual, x.stride(0));
+    narrow.run(hidden, wide, rows, target + first * narrow.out, narrow.out, residual, row_of(x));
   });
   return out;
 }

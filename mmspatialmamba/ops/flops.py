@@ -32,10 +32,15 @@ BACKWARD = {
 }
 # Counted by mmengine and fvcore, not by torch.utils.flop_counter, as PyTorch's LayerNorm is.
 NORM = {'gated_layer_norm': 5}
-# Of products, and of the layers that run as one op each in inference: which arguments are weights, each of which meets
-# every pixel. torch.utils.flop_counter sees the layers where they are called as functions; a model's modules run one by
-# one while somebody counts.
-_WEIGHTS = {'linear': (1,), 'norm_linear': (4,), 'gated_output': (5, 9), 'norm_mlp': (4, 6), 'linear_layer': (1,)}
+# Of products, and of the layers that run as one op each in inference: which arguments meet each output row. These
+# are the weights, and the input in a weight's gradient. torch.utils.flop_counter sees the layers where they are called
+# as functions; a model's modules run one by one while somebody counts.
+_FACTORS = {
+    **dict.fromkeys(('linear', 'linear_weight_gradient', 'linear_layer'), (1,)),
+    'norm_linear': (4,),
+    'gated_output': (5, 9),
+    'norm_mlp': (4, 6),
+}
 # What a backend fuses is counted under the name of what another leaves to PyTorch.
 _TRACED_AS = {'depthwise_conv': 'conv', 'gated_layer_norm': 'layer_norm'}
 _NAMESPACES = [f'mmspatialmamba_{backend}' for backend in ('torch', 'triton', 'native')]
@@ -75,12 +80,9 @@ def _hook_torch(module: ModuleType) -> None:
 
         return count
 
-    for op, positions in _WEIGHTS.items():
+    for op, positions in _FACTORS.items():
         if hasattr(torch.ops.mmspatialmamba_native, op):
             module.register_flop_formula(getattr(torch.ops.mmspatialmamba_native, op))(layer_formula(positions))
-    if hasattr(torch.ops.mmspatialmamba_native, 'linear_weight_gradient'):
-        weight_gradient = torch.ops.mmspatialmamba_native.linear_weight_gradient
-        module.register_flop_formula(weight_gradient)(lambda grad, x, **kwargs: 2 * prod(grad) * x[-1])
     for namespace in (getattr(torch.ops, name) for name in _NAMESPACES):
         for op in (*FORWARD, *BACKWARD):
             if hasattr(namespace, op):

@@ -33,8 +33,8 @@ def train(digits, dtype):
     backbone = SpatialMamba(arch=dict(embed_dims=8, depths=(1, 1)), out_indices=1, drop_path_rate=0.0)
     head = nn.Linear(16, 10)
     parameters = [*backbone.parameters(), *head.parameters()]
-    # At twice this rate rounding alone decides where a run lands: dtypes then differ by up to 8 % either way.
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    # At 4e-3 rounding alone decides where a run lands: over four seeds the dtypes then differ by up to 8 % either way.
+    optimizer = torch.optim.AdamW(parameters, lr=2.2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**12, enabled=dtype == torch.float16)
     order = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def test_autocast_trains_as_float32_does(digits, backend):
         assert skipped == []
         expected = np.mean(losses[-20:])
         # It has learned, and has not finished: there is something to compare.
-        assert 0.05 < expected < 0.85 * losses[0]
+        assert 0.05 < expected < 0.8 * losses[0]
         for dtype in (torch.bfloat16, torch.float16):
             losses, skipped = train(digits, dtype)
             # The scaler's first guess of a scale may be too large.

@@ -145,7 +145,7 @@ def test_opcheck(with_bias):
     torch.library.opcheck(NATIVE.linear_weight_gradient.default, (torch.randn(5, 3).requires_grad_(), x))
 
 
-def test_which_products_are_native(monkeypatch):
+def test_which_products_are_native():
     x, weight, _ = make(4, 3, 2)
 
     def is_native(x, weight, bias=None):

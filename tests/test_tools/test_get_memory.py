@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import sys
@@ -71,10 +72,10 @@ def test_figures_of_the_demo_s_models(tools, scope, training):
 def test_models_of_the_libraries_train(tools, model):
     scope, name = STOCK[model]
     config = str(Path(get_installed_path(scope), '.mim', 'configs', name))
+    # Else the model might run in what other tests of this process left behind, and nothing would rise.
+    ctypes.CDLL(None).malloc_trim(0)
     figures = tools.memory.measure(arguments(config, (64, 96), batch_size=2, training=True))
-    assert figures['shape'] == (64, 96) and figures['batch_size'] == 2
-    # This process may hold what other tests freed, so it need not grow; but the weights are in it.
-    assert figures['peak_mib'] * 2**20 > 4 * figures['parameters'] > 4e6
+    assert figures['shape'] == (64, 96) and figures['rise_mib'] > 0
 
 
 def test_training_changes_the_weights(tools):
