@@ -31,7 +31,6 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_weight_gradient(Tensor grad, Tensor x) -> Tensor");
   // For inference alone: no autograd, float32, on the CPU.
-  m.def("linear_layer(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? residual) -> Tensor");
   m.def("norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight) -> Tensor");
   m.def(
       "gated_output(Tensor y, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor gate_weight, Tensor "
@@ -39,4 +38,7 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def(
       "norm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2, "
       "Tensor bias2) -> Tensor");
+  m.def(
+      "downsample(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3) -> "
+      "Tensor");
 }

@@ -10,8 +10,7 @@ void biased_gelu(const GeluArgs& args, const Matrix& out, int64_t first, int64_t
     const float* x = read(args.x, row, dim, scratch);
     float* y = open(out, row, dim, scratch + piece);
     for (int64_t c = 0; c < dim; c += kLanes) {
-      const Vec input = load(x + c) + load(args.bias + c);
-      store(y + c, input * normal(input).distribution);
+      store(y + c, gelu(load(x + c) + load(args.bias + c)));
     }
     written(out, row, dim, y);
   }

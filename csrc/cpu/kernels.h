@@ -63,6 +63,15 @@ struct ConvArgs {
   Finish finish;
 };
 
+// One row of a downsampling layer's depthwise convolution, of stride 2, between two ReLUs, of floats.
+struct DownsamplingArgs {
+  int64_t width, dim;       // of the input; dim is a multiple of vectors(1)
+  int64_t tap;              // floats from one tap of the weights to the next
+  const float* weights;     // (9, dim)
+  const float* bias;        // (dim)
+  int64_t x_pixel, y_pixel; // floats from one pixel to the next
+};
+
 // A (rows, dim) tensor whose channels lie side by side.
 struct Matrix {
   void* data;
@@ -84,14 +93,12 @@ struct GeluArgs {
   const float* bias;  // (dim), with zeros up to vectors(dim)
 };
 
-enum class Activation { kNone, kRelu, kGelu };
-
-// y = activation(x weight^T + bias) + residual, of floats. The channels of x, residual and y lie side by side.
+// y = x weight^T + bias + residual, or GELU of that, of floats. The channels of x, residual and y lie side by side.
 struct LinearArgs {
   int64_t rows, in, out;
   const float* packed;    // the weights, by pack_linear
   const float* bias;      // (out), with zeros up to kWidestPanel; or null
-  Activation activation;
+  bool gelu;
   const float* x;
   int64_t x_row;
   const float* residual;  // or null
@@ -140,6 +147,8 @@ struct Kernels {
   // sums: (10, batch, dim), of the 9 weights and of the bias
   void (*depthwise_conv_backward)(const ConvArgs&, const Map& grad, const Map& grad_x, float* sums, int64_t batch,
                                   int64_t block, float* scratch);
+  // The three rows of the input, null where it has none.
+  void (*downsampling_conv)(const DownsamplingArgs&, const float* const* rows, float* y);
   void (*gated_layer_norm)(const NormArgs&, const Matrix& out, int64_t first, int64_t last, float* scratch);
   // sums: (2, dim), of weight and bias
   void (*gated_layer_norm_backward)(const NormArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& grad_gate,

@@ -16,41 +16,17 @@ ALWAYS_INLINE int64_t packed_at(int64_t out, int64_t first, int64_t size, int64_
   return first * ((out + kPanel - 1) / kPanel * kPanel) + panel * size * kPanel;
 }
 
-template <class Activate>
-ALWAYS_INLINE Vec finished(const LinearArgs& args, Vec value, Vec residual, int64_t c, const Activate& activate) {
-  if (args.bias) value += load(args.bias + c);
-  return activate(value) + residual;
-}
-
-// A panel of some rows of y, now that all products are in it.
-template <class Activate>
-ALWAYS_INLINE void finish_rows(const LinearArgs& args, int64_t row, int64_t rows, int64_t column, int64_t width,
-                               const Activate& activate) {
-  for (int64_t i = row; i < row + rows; ++i) {
-    float* y = args.y + i * args.y_row;
-    const float* residual = args.residual ? args.residual + i * args.residual_row : nullptr;
-    int64_t c = column;
-    for (; c + kLanes <= column + width; c += kLanes) {
-      store(y + c, finished(args, load(y + c), residual ? load(residual + c) : Vec{}, c, activate));
-    }
-    if (c == column + width) continue;
-    const size_t rest = (column + width - c) * sizeof(float);
-    Vec value{}, added{};
-    memcpy(&value, y + c, rest);
-    if (residual) memcpy(&added, residual + c, rest);
-    value = finished(args, value, added, c, activate);
-    memcpy(y + c, &value, rest);
-  }
-}
-
-__attribute__((noinline)) void finish(const LinearArgs& args, int64_t row, int64_t rows, int64_t column,
-                                      int64_t width) {
-  switch (args.activation) {
-    case Activation::kNone: return finish_rows(args, row, rows, column, width, [](Vec x) { return x; });
-    case Activation::kRelu:
-      return finish_rows(args, row, rows, column, width, [](Vec x) { return x < 0.f ? Vec{} : x; });
-    case Activation::kGelu:
-      return finish_rows(args, row, rows, column, width, [](Vec x) { return x * normal(x).distribution; });
+// GELU of a panel of some rows of y.
+__attribute__((noinline)) void activate(const LinearArgs& args, int64_t row, int64_t rows, int64_t column,
+                                        int64_t width) {
+  for (float* y = args.y + row * args.y_row + column; rows > 0; --rows, y += args.y_row) {
+    int64_t c = 0;
+    for (; c + kLanes <= width; c += kLanes) store(y + c, gelu(load(y + c)));
+    if (c == width) continue;
+    Vec value{};
+    memcpy(&value, y + c, (width - c) * sizeof(float));
+    value = gelu(value);
+    memcpy(y + c, &value, (width - c) * sizeof(float));
   }
 }
 
@@ -75,27 +51,43 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
     }
   }
 
+  // What the products are added to: the residual, then what the channels before have left in y.
+  const float* base = first > 0 ? args.y : args.residual;
+  const int64_t base_row = first > 0 ? args.y_row : args.residual_row;
   alignas(64) float spare[kRows * kPanel];
   float* y = args.y + row * args.y_row + column;
-  const bool whole = width == kPanel;
-  float* target = whole ? y : spare;
-  const int64_t step = whole ? args.y_row : kPanel;
-  if (first > 0) {
-    for (int i = 0; i < kRows && !whole; ++i) memcpy(spare + i * kPanel, y + i * args.y_row, width * sizeof(float));
+  if (base) base += row * base_row + column;
+  if (first == 0 && args.bias) {
+    const Vec low = load(args.bias + column), high = load(args.bias + column + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      total[i][0] += load(target + i * step);
-      total[i][1] += load(target + i * step + kLanes);
+      total[i][0] += low;
+      total[i][1] += high;
     }
   }
+  if (width == kPanel) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    store(target + i * step, total[i][0]);
-    store(target + i * step + kLanes, total[i][1]);
+    for (int i = 0; i < kRows; ++i) {
+      if (base) {
+        total[i][0] += load(base + i * base_row);
+        total[i][1] += load(base + i * base_row + kLanes);
+      }
+      store(y + i * args.y_row, total[i][0]);
+      store(y + i * args.y_row + kLanes, total[i][1]);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      store(spare + i * kPanel, total[i][0]);
+      store(spare + i * kPanel + kLanes, total[i][1]);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int64_t c = 0; c < width; ++c) {
+        y[i * args.y_row + c] = spare[i * kPanel + c] + (base ? base[i * base_row + c] : 0.f);
+      }
+    }
   }
-  for (int i = 0; i < kRows && !whole; ++i) memcpy(y + i * args.y_row, spare + i * kPanel, width * sizeof(float));
-  const bool finishes = args.bias || args.residual || args.activation != Activation::kNone;
-  if (finishes && first + size == args.in) finish(args, row, kRows, column, width);
+  if (args.gelu && first + size == args.in) activate(args, row, kRows, column, width);
 }
 
 // A tile of at most kRows rows.

@@ -92,12 +92,12 @@ struct RowNorm {
 
 struct Product {
   at::Tensor weight, bias, packed;
-  Activation activation;
+  bool gelu;
   int64_t in, out;
 
   Product(const char* op, int64_t in_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
-          Activation activation_ = Activation::kNone)
-      : weight(weight_.to(at::kFloat)), activation(activation_), in(in_), out(weight_.size(0)) {
+          bool gelu_ = false)
+      : weight(weight_.to(at::kFloat)), gelu(gelu_), in(in_), out(weight_.size(0)) {
     TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
                 weight_.sizes());
     TORCH_CHECK(!bias_ || (bias_->dim() == 1 && bias_->size(0) == out), op, ": bias must have shape (", out, "), but has ",
@@ -115,6 +115,11 @@ struct Product {
     kernels().pack_linear(data(weight, first), weight.stride(0), weight.stride(1), channels, in, target, panel);
   }
 
+  // For a product with some output channels alone.
+  void pack_part(int64_t first, int64_t channels, float* target) const {
+    for (int64_t panel = 0; panel < panels(channels); ++panel) pack(first, channels, target, panel);
+  }
+
   // Before the first call of run.
   void pack_all() {
     packed = at::empty({whole(out, kWidestPanel), in}, weight.options());
@@ -124,7 +129,7 @@ struct Product {
 
   void run(const float* x, int64_t x_row, int64_t rows, float* y, int64_t y_row, const float* residual = nullptr,
            int64_t residual_row = 0) const {
-    kernels().linear({rows, in, out, data(packed), data(bias), activation, x, x_row, residual, residual_row, y, y_row});
+    kernels().linear({rows, in, out, data(packed), data(bias), gelu, x, x_row, residual, residual_row, y, y_row});
   }
 
   // For all rows of x, to those of y.
@@ -140,36 +145,19 @@ struct Product {
     const int64_t group = std::max<int64_t>(32768 / in / kWidestPanel, 1) * kWidestPanel;
     parallel_tasks(at::divup(out, group), group * in, [&](int64_t i, float* memory) {
       const int64_t first = i * group, channels = std::min(group, out - first);
-      for (int64_t panel = 0; panel < panels(channels); ++panel) pack(first, channels, memory, panel);
-      kernels().linear({rows, in, channels, memory, data(bias, first), activation, data(x), row_of(x),
+      pack_part(first, channels, memory);
+      kernels().linear({rows, in, channels, memory, data(bias, first), gelu, data(x), row_of(x),
                         data(residual, 0, first), row_of(residual), target + first, y_row});
     });
   }
 };
 
-at::Tensor product_of(const char* op, const at::Tensor& x_, const at::Tensor& weight,
-                      const std::optional<at::Tensor>& bias, Activation activation,
-                      const std::optional<at::Tensor>& residual_) {
-  const at::Tensor x = checked(op, "x", x_);
-  Product product(op, x.size(1), weight, bias, activation);
+at::Tensor linear(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const at::Tensor x = checked("linear", "x", x_);
+  Product product("linear", x.size(1), weight, bias);
   const at::Tensor out = with_channels(x_, product.out);
-  at::Tensor residual;
-  if (residual_) {
-    TORCH_CHECK(residual_->sizes() == out.sizes(), op, ": residual must have shape ", out.sizes(), ", but has ",
-                residual_->sizes());
-    residual = checked(op, "residual", *residual_);
-  }
-  product.apply(x, out.view({x.size(0), product.out}), residual);
+  product.apply(x, out.view({x.size(0), product.out}));
   return out;
-}
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return product_of("linear", x, weight, bias, Activation::kNone, std::nullopt);
-}
-
-at::Tensor linear_layer(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool relu,
-                        const std::optional<at::Tensor>& residual) {
-  return product_of("linear_layer", x, weight, bias, relu ? Activation::kRelu : Activation::kNone, residual);
 }
 
 // The sums over rows run in a fixed order, whatever the number of threads: parts of the rows, then these.
@@ -271,7 +259,7 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
   const char* op = "norm_mlp";
   const at::Tensor x = checked(op, "x", x_);
   const RowNorm norm(op, x.size(1), norm_weight, norm_bias, eps);
-  Product widen(op, norm.dim, weight1, bias1, Activation::kGelu), narrow(op, widen.out, weight2, bias2);
+  Product widen(op, norm.dim, weight1, bias1, true), narrow(op, widen.out, weight2, bias2);
   TORCH_CHECK(narrow.out == x.size(1), op, ": weight2 must have ", x.size(1), " rows, but has ", narrow.out);
   const at::Tensor out = with_channels(x_, narrow.out);
   if (widen.outweighs(x.size(0))) {
@@ -295,14 +283,79 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
   return out;
 }
 
+// Tasks compute some hidden channels of some output rows: rows of the input enter the hidden width in the caches, and only
+// what the depthwise convolution leaves of them goes to memory.
+at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
+                      const at::Tensor& bias2, const at::Tensor& weight3, const at::Tensor& bias3) {
+  constexpr int64_t kMap = 1 << 16;     // about so many elements of the wide map are in the caches at a time
+  constexpr int64_t kHidden = 1 << 22;  // so many of what the convolution leaves are in memory
+  constexpr int64_t kPixels = 64;       // fewest output pixels at a time, where a task has them
+  constexpr int64_t kBand = 8;          // fewest output rows of a task, where there are so many
+  const char* op = "downsample";
+  TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, height, width, channels), but has ", x_.sizes());
+  const at::Tensor x = checked(op, "x", x_);
+  const int64_t batch = x_.size(0), height = x_.size(1), width = x_.size(2), in = x_.size(3);
+  Product narrow(op, weight1.size(0), weight3, bias3);
+  const int64_t hidden = narrow.in, out = narrow.out, out_height = at::divup(height, 2), out_width = at::divup(width, 2);
+  TORCH_CHECK(weight2.numel() == 9 * hidden && bias2.numel() == hidden, op, ": the depthwise convolution must have ", hidden,
+              " channels, but its weight has shape ", weight2.sizes());
+  const at::Tensor result = at::empty({batch, out_height, out_width, out}, x.options());
+  if (result.numel() == 0) return result;
+
+  const int64_t group = std::clamp<int64_t>(kMap / (3 * width) / 32, 1, 4) * 32, groups = at::divup(hidden, group);
+  const int64_t step = at::divup(kPixels, out_width), row = spaced(group), line = width * row;
+  const int64_t share = at::divup(batch * out_height * groups, 4 * at::get_num_threads());
+  const int64_t band = std::clamp<int64_t>(kHidden / (out_width * hidden), 1, std::max(share, kBand));
+  const int64_t bands = at::divup(out_height, band), held = std::max<int64_t>(kHidden / (band * out_width * hidden), 1);
+  const at::Tensor taps = at::constant_pad_nd(floats(weight2).view({hidden, 9}).t(), {0, vectors(hidden) - hidden}).contiguous();
+  const at::Tensor bias = padded(bias2), pixels = spaced_matrix(held * band * out_width, hidden, x);
+  const at::Tensor flat = result.view({-1, out});
+  const Product widen(op, in, weight1, bias1);
+  float* kept = pixels.mutable_data_ptr<float>();
+  const auto first_row = [&](int64_t i) { return i / bands * out_height + std::min(i % bands * band, out_height); };
+  for (int64_t start = 0; start < batch * bands; start += held) {
+    const int64_t stop = std::min(start + held, batch * bands), origin = first_row(start);
+    parallel_tasks((stop - start) * groups, (2 * step + 1) * line + group * in, [&](int64_t task, float* rows) {
+      const int64_t part = start + task / groups, image = part / bands, begin = part % bands * band;
+      const int64_t end = std::min(begin + band, out_height), first = task % groups * group;
+      const int64_t channels = std::min(group, hidden - first);
+      float* packed = rows + (2 * step + 1) * line;
+      widen.pack_part(first, channels, packed);
+      const DownsamplingArgs conv{width, vectors(channels), vectors(hidden), data(taps, 0, first), data(bias, first), row,
+                                  row_of(pixels)};
+      // The first of the rows is the last of the step before, which two steps need.
+      int64_t done = std::max<int64_t>(2 * begin - 1, 0);
+      for (int64_t r = begin; r < end; r += step) {
+        const int64_t next = std::min(r + step, end), last = std::min(2 * next, height), above = 2 * r - 1;
+        if (r > begin) std::memcpy(rows, rows + 2 * step * line, line * sizeof(float));
+        kernels().linear({(last - done) * width, in, channels, packed, data(widen.bias, first), false,
+                          data(x, (image * height + done) * width), row_of(x), nullptr, 0, rows + (done - above) * line, row});
+        done = last;
+        for (int64_t q = r; q < next; ++q) {
+          const float* sources[3];
+          for (int64_t i = 0; i < 3; ++i) {
+            const int64_t source = 2 * q + i - 1;
+            sources[i] = source < 0 || source >= height ? nullptr : rows + (source - above) * line;
+          }
+          const int64_t target = (image * out_height + q - origin) * out_width;
+          kernels().downsampling_conv(conv, sources, kept + target * row_of(pixels) + first);
+        }
+      }
+    });
+    const int64_t from = origin * out_width, count = (first_row(stop) - origin) * out_width;
+    narrow.apply(pixels.narrow(0, 0, count), flat.narrow(0, from, count));
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace mmspatialmamba
 
 TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("linear", mmspatialmamba::linear);
   m.impl("linear_weight_gradient", mmspatialmamba::linear_weight_gradient);
-  m.impl("linear_layer", mmspatialmamba::linear_layer);
   m.impl("norm_linear", mmspatialmamba::norm_linear);
   m.impl("gated_output", mmspatialmamba::gated_output);
   m.impl("norm_mlp", mmspatialmamba::norm_mlp);
+  m.impl("downsample", mmspatialmamba::downsample);
 }

@@ -1,4 +1,4 @@
-// The standard normal distribution, which GELU multiplies its input by.
+// The standard normal distribution, and GELU, the product of it and its argument.
 #pragma once
 
 #include "vec.h"
@@ -20,6 +20,16 @@ static ALWAYS_INLINE Normal normal(Vec x) {
   const Vec scaled = (-6.47614226e-02f * t4 + high) * t4 + low;
   const Vec tail = bell * t * scaled;
   return {x < 0.f ? tail : 1.f - tail, bell * 0.398942280f};
+}
+
+// x times its distribution, without an exponential: for x < 0 it is x / p(|x|)^8, p a polynomial fitted to the
+// distribution's power of -1/8, and GELU(x) is GELU(-x) + x. Its largest error is 4.2e-8 before rounding.
+static ALWAYS_INLINE Vec gelu(Vec x) {
+  const Vec a = minimum(broadcast(40.f), absolute(x)), a2 = a * a, a4 = a2 * a2;
+  const Vec low = (9.31665115e-03f * a + 4.88699563e-02f) * a2 + (1.08752117e-01f * a + 1.09050834f);
+  const Vec high = (-2.03474901e-05f * a + 1.17906035e-04f) * a2 + (8.80276784e-05f * a + 1.12473103e-03f);
+  const Vec p = (3.35196682e-06f * a4 + high) * a4 + low, p2 = p * p, p4 = p2 * p2;
+  return maximum(Vec{}, x) - a / (p4 * p4);
 }
 
 }  // namespace ISA

@@ -13,6 +13,7 @@ void selective_scan_backward(const SelectiveScanArgs&, const float*, const float
                              float*, float*, int64_t, int64_t, float*);
 void depthwise_conv(const ConvArgs&, const Map&, int64_t, int64_t, int64_t, int64_t, float*);
 void depthwise_conv_backward(const ConvArgs&, const Map&, const Map&, float*, int64_t, int64_t, float*);
+void downsampling_conv(const DownsamplingArgs&, const float* const*, float*);
 void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
 void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                                float*);
@@ -34,6 +35,7 @@ const Kernels table{NAME(ISA),
                     selective_scan_backward,
                     depthwise_conv,
                     depthwise_conv_backward,
+                    downsampling_conv,
                     gated_layer_norm,
                     gated_layer_norm_backward,
                     biased_gelu,

@@ -36,7 +36,8 @@ NORM = {'gated_layer_norm': 5}
 # are the weights, and the input in a weight's gradient. torch.utils.flop_counter sees the layers where they are called
 # as functions; a model's modules run one by one while somebody counts.
 _FACTORS = {
-    **dict.fromkeys(('linear', 'linear_weight_gradient', 'linear_layer'), (1,)),
+    'linear': (1,),
+    'linear_weight_gradient': (1,),
     'norm_linear': (4,),
     'gated_output': (5, 9),
     'norm_mlp': (4, 6),
@@ -80,6 +81,11 @@ def _hook_torch(module: ModuleType) -> None:
 
         return count
 
+    def count_downsample(x, weight1, bias1, weight2, bias2, weight3, *others, out_shape, **kwargs):
+        return 2 * (prod(x[:-1]) * prod(weight1) + prod(out_shape[:-1]) * (prod(weight2) + prod(weight3)))
+
+    if hasattr(torch.ops.mmspatialmamba_native, 'downsample'):
+        module.register_flop_formula(torch.ops.mmspatialmamba_native.downsample)(count_downsample)
     for op, positions in _FACTORS.items():
         if hasattr(torch.ops.mmspatialmamba_native, op):
             module.register_flop_formula(getattr(torch.ops.mmspatialmamba_native, op))(layer_formula(positions))

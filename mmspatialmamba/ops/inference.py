@@ -86,23 +86,27 @@ def norm_mlp(
     return torch.ops.mmspatialmamba_native.norm_mlp(x, norm.weight, norm.bias, norm.eps, weight1, bias1, weight2, bias2)
 
 
-def linear_layer(
+def downsample(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    relu: bool = False,
-    residual: torch.Tensor | None = None,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    weight3: torch.Tensor,
+    bias3: torch.Tensor,
 ) -> torch.Tensor:
-    """``F.linear(x, weight, bias)``, then ReLU and ``+ residual``.
+    """A pointwise, a depthwise 3x3 and a pointwise convolution, the second of stride 2, with ReLU between them.
 
     Args:
-        x (Tensor): Input, (..., in), float32.
-        weight (Tensor): (out, in).
-        bias (Tensor, optional): (out,). Defaults to None.
-        relu (bool): Defaults to False.
-        residual (Tensor, optional): Of the output's shape, float32. Defaults to None.
+        x (Tensor): Input, (batch, height, width, in), float32.
+        weight1 (Tensor): (hidden, in), float32.
+        bias1 (Tensor): (hidden,), float32.
+        weight2 (Tensor): (hidden, 1, 3, 3), float32.
+        bias2 (Tensor): (hidden,), float32.
+        weight3 (Tensor): (out, hidden), float32.
+        bias3 (Tensor): (out,), float32.
 
     Returns:
-        Tensor: (..., out), float32.
+        Tensor: (batch, ceil(height / 2), ceil(width / 2), out), float32.
     """
-    return torch.ops.mmspatialmamba_native.linear_layer(x, weight, bias, relu, residual)
+    return torch.ops.mmspatialmamba_native.downsample(x, weight1, bias1, weight2, bias2, weight3, bias3)

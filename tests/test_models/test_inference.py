@@ -53,15 +53,6 @@ def test_outputs_are_those_of_the_modules(model, fused, size):
     assert [o.stride() for o in outputs] == [e.stride() for e in expected]
 
 
-def test_maps_of_many_groups(model, fused, monkeypatch):
-    image = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        whole = model(image)
-        monkeypatch.setattr(inference, '_GROUP_ELEMENTS', 1)
-        assert relative_difference(model(image), whole) < 1e-5
-    assert 'downsample' in fused
-
-
 def test_hooks_within_a_layer_are_called(model, fused):
     seen = []
     hooks = [

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops.inference import fuses_layers, gated_output, linear_layer, norm_linear, norm_mlp
+from mmspatialmamba.ops.inference import downsample, fuses_layers, gated_output, norm_linear, norm_mlp
 
 pytestmark = [
     pytest.mark.usefixtures('poisoned_memory'),
@@ -44,15 +44,47 @@ def exact(norm, x):
     return F.layer_norm(x.double(), x.shape[-1:], norm.weight.double(), norm.bias.double(), norm.eps)
 
 
-@pytest.mark.parametrize('finish', ['', 'relu', 'bias', 'bias relu residual'])
-@pytest.mark.parametrize('rows, channels, out', SIZES)
-def test_linear_layer(rows, channels, out, finish):
-    x, weight = torch.randn(rows, channels), make_weight(out, channels)
-    given = {'bias': torch.randn(out), 'residual': torch.randn(rows, out)}
-    given = {name: value for name, value in given.items() if name in finish.split()}
-    expected = F.linear(x.double(), weight.double()) + given.get('bias', 0)
-    expected = (expected.relu() if 'relu' in finish.split() else expected) + given.get('residual', 0)
-    assert relative_error(linear_layer(x, weight, relu='relu' in finish.split(), **given), expected) < 2e-6
+def make_downsample(channels, hidden, out):
+    return (
+        *(make_weight(hidden, channels), torch.randn(hidden)),
+        *(torch.randn(hidden, 1, 3, 3) / 3, torch.randn(hidden)),
+        *(make_weight(out, hidden), torch.randn(out)),
+    )
+
+
+def exact_downsample(x, parameters):
+    w1, b1, w2, b2, w3, b3 = (t.double() for t in parameters)
+    hidden = F.linear(x.double(), w1, b1).relu().permute(0, 3, 1, 2)
+    hidden = F.conv2d(hidden, w2, b2, stride=2, padding=1, groups=len(w2)).relu()
+    return F.linear(hidden.permute(0, 2, 3, 1), w3, b3)
+
+
+@pytest.mark.parametrize(
+    'shape, hidden, out',
+    [
+        ((1, 1, 1, 1), 1, 1),
+        ((2, 1, 6, 8), 64, 16),
+        ((1, 7, 2, 8), 64, 33),
+        ((3, 6, 5, 7), 50, 20),
+        ((2, 35, 9, 16), 130, 40),
+        ((1, 40, 130, 8), 300, 16),
+        ((1, 3, 700, 4), 40, 8),
+    ],
+    ids=str,
+)
+def test_downsample(shape, hidden, out):
+    x, parameters = torch.randn(shape), make_downsample(shape[-1], hidden, out)
+    expected = exact_downsample(x, parameters)
+    assert relative_error(downsample(x, *parameters), expected) < 2e-6
+    permuted = x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    assert relative_error(downsample(permuted, *parameters), expected) < 2e-6
+
+
+def test_downsampled_in_parts():
+    """What lies between the last two convolutions is more than is kept at a time, within an image and over images."""
+    for shape in ((1, 300, 600, 2), (5, 120, 200, 2)):
+        x, parameters = torch.randn(shape), make_downsample(2, 200, 3)
+        assert relative_error(downsample(x, *parameters), exact_downsample(x, parameters)) < 2e-6
 
 
 @pytest.mark.parametrize('rows, channels, out', SIZES)
@@ -86,29 +118,38 @@ def test_special_values_stay_in_their_row():
     norm, weights = make_norm(40), (make_weight(160, 40), torch.randn(160), make_weight(40, 160), torch.randn(40))
     rows = ~norm_mlp(x, norm, *weights).isfinite().all(1)
     assert rows.nonzero().flatten().tolist() == [7, 20]
-    relu = linear_layer(torch.full((1, 1), torch.nan), torch.ones(1, 1), relu=True)
-    assert relu.isnan().all()
+    x = torch.randn(2, 9, 11, 8)
+    x[1, 4, 4, 3] = torch.nan
+    pixels = downsample(x, *make_downsample(8, 32, 4)).isnan().all(3).nonzero()
+    assert pixels.tolist() == [[1, 2, 2]]
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
     x, norm = torch.randn(500, 48), make_norm(48)
     weights = make_weight(192, 48), torch.randn(192), make_weight(48, 192), torch.randn(48)
+    maps, parameters = torch.randn(2, 41, 30, 8), make_downsample(8, 200, 16)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(norm_mlp(x, norm, *weights))
+        results.append((norm_mlp(x, norm, *weights), downsample(maps, *parameters)))
     torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for one, *others in zip(*results):
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(RuntimeError, match='linear_layer: x must be a float32 CPU tensor'):
-        linear_layer(torch.randn(2, 3).bfloat16(), torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match='norm_linear: x must be a float32 CPU tensor'):
+        norm_linear(torch.randn(2, 3).bfloat16(), make_norm(3), torch.randn(4, 3))
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(RuntimeError, match=r'linear_layer: residual must have shape \[2, 4\], but has \[4\]'):
-        linear_layer(torch.randn(2, 3), torch.randn(4, 3), residual=torch.randn(4))
+    x, (w1, b1, w2, *others) = torch.randn(2, 5, 6, 8), make_downsample(8, 32, 4)
+    with pytest.raises(RuntimeError, match=r'downsample: x must have shape \(batch, height, width, channels\), but'):
+        downsample(x[0], w1, b1, w2, *others)
+    with pytest.raises(RuntimeError, match='downsample: the depthwise convolution must have 32 channels, but its'):
+        downsample(x, w1, b1, w2[:31], *others)
+    with pytest.raises(RuntimeError, match=r'downsample: weight must have shape \(out, 8\), but has \[32, 7\]'):
+        downsample(x, w1[:, 1:], b1, w2, *others)
     with pytest.raises(RuntimeError, match=r'norm_linear: weight must have shape \(out, 3\), but has \[4, 2\]'):
         norm_linear(torch.randn(2, 3), make_norm(3), torch.randn(4, 2))
     with pytest.raises(RuntimeError, match=r'norm_linear: a norm.s weight and bias must have shape \(3\), but one'):
@@ -140,8 +181,8 @@ def test_counted():
         norm_mlp(x, norm, torch.randn(32, 8), torch.randn(32), torch.randn(8, 32), torch.randn(8))
     assert counter.get_total_flops() == 2 * 5 * 2 * 8 * 32
     with FlopCounterMode(display=False) as counter:
-        linear_layer(torch.randn(1, 5, 7, 8), torch.randn(6, 8))
-    assert counter.get_total_flops() == 2 * 5 * 7 * 8 * 6
+        downsample(torch.randn(1, 5, 7, 8), *make_downsample(8, 32, 6))
+    assert counter.get_total_flops() == 2 * (5 * 7 * 8 * 32 + 3 * 4 * 32 * (9 + 6))
 
 
 @pytest.mark.slow

@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops import depthwise_conv, linear
-from mmspatialmamba.ops.inference import fuses_layers, gated_output, linear_layer, norm_linear, norm_mlp
-
-# A downsampling layer's hidden maps are computed in groups of channels of at most so many elements: glibc takes larger
-# memory, of 32 MiB, from the system at each allocation and gives it back, which costs more than to fill it.
-_GROUP_ELEMENTS = 2**22
+from mmspatialmamba.ops import depthwise_conv, inference, linear
+from mmspatialmamba.ops.inference import fuses_layers, gated_output, norm_linear, norm_mlp
 
 
 def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
@@ -84,11 +80,11 @@ def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A ConvLayer's output for (batch, channels, height, width)."""
     weight, bias = _folded(layer)
-    relu = hasattr(layer, 'act')
     if weight.shape[2:] == (1, 1):
-        return linear_layer(x.permute(0, 2, 3, 1), weight.flatten(1), bias, relu).permute(0, 3, 1, 2)
-    x = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
-    return x.relu_() if relu else x
+        x = linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    else:
+        x = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
+    return x.relu_() if hasattr(layer, 'act') else x
 
 
 def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -100,14 +96,5 @@ def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Downsample`'s output for (batch, channels, height, width)."""
-    widen, depthwise, narrow = module
-    pixels = x.numel() // x.shape[1]
-    group = max(_GROUP_ELEMENTS // max(pixels, 1) // 32 * 32, 32)
-    weight, bias = _folded(narrow)
-    weights = (widen.conv.weight.flatten(1), widen.conv.bias, depthwise.conv.weight, depthwise.conv.bias)
-    x, out = x.permute(0, 2, 3, 1), None
-    for w1, b1, w2, b2, w3 in zip(*(w.split(group) for w in weights), weight.flatten(1).split(group, dim=1)):
-        hidden = linear_layer(x, w1, b1, relu=True).permute(0, 3, 1, 2)
-        hidden = F.conv2d(hidden, w2, b2, stride=2, padding=1, groups=len(w2)).relu_().permute(0, 2, 3, 1)
-        out = linear_layer(hidden, w3, bias if out is None else None, residual=out)
-    return out.permute(0, 3, 1, 2)
+    parameters = [tensor.flatten(1) if tensor.dim() > 1 else tensor for layer in module for tensor in _folded(layer)]
+    return inference.downsample(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2)
