@@ -30,6 +30,10 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def("biased_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_weight_gradient(Tensor grad, Tensor x) -> Tensor");
+  m.def("gelu_linear(Tensor x, Tensor gelu_bias, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "gelu_linear_backward(Tensor grad, Tensor x, Tensor gelu_bias, Tensor weight, Tensor bias) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   // For inference alone: no autograd, float32, on the CPU.
   m.def("norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight) -> Tensor");
   m.def(

@@ -154,9 +154,9 @@ struct Kernels {
   void (*gated_layer_norm_backward)(const NormArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& grad_gate,
                                     float* sums, int64_t first, int64_t last, float* scratch);
   void (*biased_gelu)(const GeluArgs&, const Matrix& out, int64_t first, int64_t last, float* scratch);
-  // sums: (dim), of the bias
-  void (*biased_gelu_backward)(const GeluArgs&, const Matrix& grad, const Matrix& grad_x, float* sums, int64_t first,
-                               int64_t last, float* scratch);
+  // sums: (dim), of the bias; out, for biased_gelu's output, has null data where that is not wanted; grad_x may be grad
+  void (*biased_gelu_backward)(const GeluArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& out,
+                               float* sums, int64_t first, int64_t last, float* scratch);
   // Output channels that are packed, and computed, together. A multiple of `tile_rows` rows is best.
   int64_t panel, tile_rows;
   // weight: (out, in), its elements out_step and in_step apart; packed: `in` * kWidestPanel floats for each kWidestPanel
@@ -184,7 +184,7 @@ inline int64_t depthwise_conv_backward(int64_t width) { return rows(8, width + 1
 inline int64_t gated_layer_norm(int64_t dim) { return 3 * vectors(dim); }
 inline int64_t gated_layer_norm_backward(int64_t dim) { return 7 * vectors(dim); }
 inline int64_t biased_gelu(int64_t dim) { return 2 * vectors(dim); }
-inline int64_t biased_gelu_backward(int64_t dim) { return 4 * vectors(dim); }
+inline int64_t biased_gelu_backward(int64_t dim) { return 5 * vectors(dim); }
 }  // namespace scratch
 
 }  // namespace mmspatialmamba

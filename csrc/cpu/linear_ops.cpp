@@ -54,6 +54,8 @@ at::Tensor with_channels(const at::Tensor& x, int64_t channels) {
   return at::empty(sizes, x.options());
 }
 
+Matrix matrix(const float* data, int64_t row) { return {const_cast<float*>(data), Type::kFloat, row}; }
+
 struct RowNorm {
   at::Tensor weight, bias;
   int64_t dim;
@@ -72,9 +74,6 @@ struct RowNorm {
   // LayerNorm of rows, times SiLU of those of the gate if there is one.
   void run(const float* x, int64_t x_row, const float* gate, int64_t gate_row, int64_t rows, float* y, int64_t y_row,
            float* scratch) const {
-    const auto matrix = [](const float* data, int64_t row) {
-      return Matrix{const_cast<float*>(data), Type::kFloat, row};
-    };
     const NormArgs args{rows, dim, matrix(x, x_row), matrix(gate, gate_row), data(weight), data(bias), eps};
     kernels().gated_layer_norm(args, matrix(y, y_row), 0, rows, scratch);
   }
@@ -194,6 +193,69 @@ at::Tensor linear_weight_gradient(const at::Tensor& grad_, const at::Tensor& x_)
   at::Tensor result = sums.select(0, 0).clone();
   for (int64_t part = 1; part < parts; ++part) result.add_(sums.select(0, part));
   return result;
+}
+
+struct GeluLinear {
+  static constexpr const char* kOp = "gelu_linear";
+  at::Tensor x, bias;
+  GeluArgs args;
+
+  GeluLinear(const at::Tensor& x_, const at::Tensor& bias_) : x(checked(kOp, "x", x_)), bias(padded(bias_)) {
+    TORCH_CHECK(bias_.dim() == 1 && bias_.size(0) == x.size(1), kOp, ": gelu_bias must have shape (", x.size(1), "), but has ",
+                bias_.sizes());
+    args = {x.size(0), x.size(1), matrix(data(x), row_of(x)), data(bias)};
+  }
+};
+
+at::Tensor gelu_linear(const at::Tensor& x_, const at::Tensor& gelu_bias, const at::Tensor& weight, const at::Tensor& bias) {
+  const GeluLinear gelu(x_, gelu_bias);
+  const int64_t rows = gelu.args.rows, dim = gelu.args.dim, row = spaced(dim), more = scratch::biased_gelu(dim);
+  Product product(GeluLinear::kOp, dim, weight, bias);
+  const at::Tensor out = with_channels(x_, product.out);
+  if (product.outweighs(rows)) {
+    const at::Tensor hidden = spaced_matrix(rows, dim, x_);
+    over_rows(rows, 0, more, [&](int64_t first, int64_t count, float* memory) {
+      kernels().biased_gelu(gelu.args, matrix(data(hidden), row), first, first + count, memory);
+    });
+    product.apply(hidden, out.view({rows, product.out}));
+    return out;
+  }
+  product.pack_all();
+  float* target = out.mutable_data_ptr<float>();
+  over_rows(rows, row, more, [&](int64_t first, int64_t count, float* memory) {
+    float* hidden = memory + more;
+    GeluArgs part = gelu.args;
+    part.x = matrix(data(gelu.x, first), row_of(gelu.x));
+    kernels().biased_gelu(part, matrix(hidden, row), 0, count, memory);
+    product.run(hidden, row, count, target + first * product.out, product.out);
+  });
+  return out;
+}
+
+// The gradients of x, gelu_bias, weight and bias. Sums do not depend on the number of threads.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_linear_backward(
+    const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& gelu_bias, const at::Tensor& weight,
+    const at::Tensor& bias) {
+  const GeluLinear gelu(x_, gelu_bias);
+  const int64_t rows = gelu.args.rows, dim = gelu.args.dim, tasks = at::divup(rows, kRows);
+  const at::Tensor grad = checked(GeluLinear::kOp, "the gradient", grad_);
+  Product product(GeluLinear::kOp, grad.size(1), weight.t());
+  const at::Tensor grad_x = at::empty(x_.sizes(), x_.options()), flat = grad_x.view({rows, dim});
+  const at::Tensor hidden = at::empty_like(flat), sums = at::empty({tasks, dim}, flat.options());
+  const bool shares = product.outweighs(rows);
+  if (shares) {
+    product.apply(grad, flat);
+  } else {
+    product.pack_all();
+  }
+  float *target = flat.mutable_data_ptr<float>(), *partial = sums.mutable_data_ptr<float>();
+  const Matrix to_x = matrix(target, dim), out = matrix(data(hidden), dim);
+  parallel_tasks(tasks, scratch::biased_gelu_backward(dim), [&](int64_t i, float* memory) {
+    const int64_t first = i * kRows, last = std::min(first + kRows, rows);
+    if (!shares) product.run(data(grad, first), row_of(grad), last - first, target + first * dim, dim);
+    kernels().biased_gelu_backward(gelu.args, to_x, to_x, out, partial + i * dim, first, last, memory);
+  });
+  return {grad_x, sums.sum(0), linear_weight_gradient(grad, hidden), grad.sum(0)};
 }
 
 at::Tensor norm_linear(const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
@@ -354,6 +416,8 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
 TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("linear", mmspatialmamba::linear);
   m.impl("linear_weight_gradient", mmspatialmamba::linear_weight_gradient);
+  m.impl("gelu_linear", mmspatialmamba::gelu_linear);
+  m.impl("gelu_linear_backward", mmspatialmamba::gelu_linear_backward);
   m.impl("norm_linear", mmspatialmamba::norm_linear);
   m.impl("gated_output", mmspatialmamba::gated_output);
   m.impl("norm_mlp", mmspatialmamba::norm_mlp);

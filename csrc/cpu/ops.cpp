@@ -372,7 +372,7 @@ Tensors2 biased_gelu_backward(const at::Tensor& grad, const at::Tensor& x, const
     float* partial = sums.mutable_data_ptr<float>();
     parallel_rows(rows, scratch::biased_gelu_backward(dim),
                   [&](int64_t number, int64_t first, int64_t last, float* memory) {
-                    kernels().biased_gelu_backward(gelu.args, in, to_x, partial + number * dim, first, last, memory);
+                    kernels().biased_gelu_backward(gelu.args, in, to_x, {}, partial + number * dim, first, last, memory);
                   });
   }
   return {grad_x, as(sums.sum(0), bias)};

@@ -18,7 +18,8 @@ void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
 void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                                float*);
 void biased_gelu(const GeluArgs&, const Matrix&, int64_t, int64_t, float*);
-void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, float*, int64_t, int64_t, float*);
+void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
+                          float*);
 void pack_linear(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 void linear(const LinearArgs&);
 void outer(const OuterArgs&, float*);

@@ -38,6 +38,8 @@ NORM = {'gated_layer_norm': 5}
 _FACTORS = {
     'linear': (1,),
     'linear_weight_gradient': (1,),
+    'gelu_linear': (2,),
+    'gelu_linear_backward': (3, 3),
     'norm_linear': (4,),
     'gated_output': (5, 9),
     'norm_mlp': (4, 6),
@@ -75,9 +77,10 @@ def _hook_torch(module: ModuleType) -> None:
 
         return count
 
-    def layer_formula(positions):
+    def layer_formula(op, positions):
         def count(*shapes, out_shape, **kwargs):
-            return 2 * prod(out_shape[:-1]) * sum(prod(shapes[position]) for position in positions)
+            rows = out_shape[0] if op == 'gelu_linear_backward' else out_shape
+            return 2 * prod(rows[:-1]) * sum(prod(shapes[position]) for position in positions)
 
         return count
 
@@ -88,7 +91,7 @@ def _hook_torch(module: ModuleType) -> None:
         module.register_flop_formula(torch.ops.mmspatialmamba_native.downsample)(count_downsample)
     for op, positions in _FACTORS.items():
         if hasattr(torch.ops.mmspatialmamba_native, op):
-            module.register_flop_formula(getattr(torch.ops.mmspatialmamba_native, op))(layer_formula(positions))
+            module.register_flop_formula(getattr(torch.ops.mmspatialmamba_native, op))(layer_formula(op, positions))
     for namespace in (getattr(torch.ops, name) for name in _NAMESPACES):
         for op in (*FORWARD, *BACKWARD):
             if hasattr(namespace, op):

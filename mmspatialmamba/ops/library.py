@@ -90,6 +90,8 @@ def _fake_linear(x, weight, *others):
 PRODUCT_FAKES = {
     'linear': _fake_linear,
     'linear_weight_gradient': lambda grad, x: x.new_empty((grad.shape[-1], x.shape[-1])),
+    'gelu_linear': lambda x, gelu_bias, weight, bias: _fake_linear(x, weight),
+    'gelu_linear_backward': lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs),
 }
 
 # For inference, without autograd: see inference.py.

@@ -25,6 +25,25 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
+def gelu_linear(
+    x: torch.Tensor, gelu_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """``F.linear(F.gelu(x + gelu_bias), weight, bias)``, the second half of a block's MLP, on the native backend.
+
+    Neither the GELU nor its gradient is written to memory. :func:`.backend.has_products` tells where it can run.
+
+    Args:
+        x (Tensor): Input, (..., in), float32.
+        gelu_bias (Tensor): Bias, (in,), float32.
+        weight (Tensor): Weight, (out, in), float32.
+        bias (Tensor): Bias, (out,), float32.
+
+    Returns:
+        Tensor: (..., out), float32.
+    """
+    return torch.ops.mmspatialmamba_native.gelu_linear(x, gelu_bias, weight, bias)
+
+
 def linear_weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``grad.t() @ x``, the gradient of a linear layer's weight, by the same products as :func:`linear`.
 

@@ -239,6 +239,10 @@ def biased_gelu(x, bias):
     return F.gelu(x + bias)
 
 
+def gelu_linear(x, gelu_bias, weight, bias):
+    return F.linear(F.gelu(x + gelu_bias), weight, bias)
+
+
 def _opaque(function: Callable, dense_like_first: bool) -> Callable:
     """Make a kernel of a function: a fresh tensor, in the memory format of the first argument where asked for."""
 

@@ -7,7 +7,7 @@ from test_ops.truth import relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops.linear import linear_weight_gradient
+from mmspatialmamba.ops.linear import gelu_linear, linear_weight_gradient
 
 pytestmark = pytest.mark.usefixtures('poisoned_memory')
 NATIVE = torch.ops.mmspatialmamba_native if 'native' in ops.available_backends() else None
@@ -90,6 +90,50 @@ def test_one_pixel_without_dimensions_and_no_channels():
     assert ops.linear(torch.randn(3, 4), torch.randn(0, 4)).shape == (3, 0)
 
 
+def true_gelu_linear(x, gelu_bias, weight, bias):
+    return F.linear(F.gelu(x + gelu_bias), weight, bias)
+
+
+@needs_native
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+def test_gelu_and_product(sizes):
+    x, weight, bias = make(*sizes)
+    inputs = [x, torch.randn(sizes[1], requires_grad=True), weight, bias]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, expected = gelu_linear(*inputs), true_gelu_linear(*exact)
+    assert relative_error(out, expected) < 2e-6
+    grad = torch.randn_like(out)
+    for mine, true in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, exact, grad.double())):
+        assert mine.shape == true.shape
+        assert relative_error(mine, true) < 5e-6
+
+
+@needs_native
+def test_gelu_and_product_of_strided_and_of_no_rows():
+    x, weight, bias = make(6, 17, 20)
+    wide = torch.randn(3, 4, 50)
+    for x in (wide[..., 5:22], wide.permute(2, 0, 1)[:17].permute(1, 2, 0), torch.randn(0, 3, 17)):
+        inputs = [t.detach().requires_grad_() for t in (x, torch.randn(17), weight, bias)]
+        out, expected = gelu_linear(*inputs), true_gelu_linear(*inputs)
+        torch.testing.assert_close(out, expected)
+        grad = torch.randn(20, *out.shape[:-1]).permute(1, 2, 0)
+        mine, true = (torch.autograd.grad(y, inputs, grad) for y in (out, expected))
+        torch.testing.assert_close(mine, true)
+
+
+@needs_native
+def test_second_derivatives_of_gelu_and_product():
+    x, weight, bias = make(6, 5, 4)
+    inputs = [x, torch.randn(5, requires_grad=True), weight, bias]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    seconds = []
+    for function, tensors in ((gelu_linear, inputs), (true_gelu_linear, exact)):
+        first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.pow(3).sum() for g in first), tensors))
+    for mine, true in zip(*seconds):
+        assert relative_error(mine, true) < 1e-5
+
+
 @needs_native
 def test_only_the_factors_of_gradients_that_are_needed_are_kept():
     for frozen in range(2):
@@ -127,11 +171,14 @@ def test_special_values_stay_in_their_row():
 @needs_native
 def test_results_do_not_depend_on_the_number_of_threads():
     before, results = torch.get_num_threads(), []
-    x, weight, _ = make(5000, 48, 70)
+    x, weight, bias = make(5000, 48, 70)
+    gelu_bias = torch.randn(48, requires_grad=True)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        out = linear(x, weight)
+        out, activated = linear(x, weight), gelu_linear(x, gelu_bias, weight, bias)
         results.append([out, *torch.autograd.grad(out, [x, weight], torch.ones_like(out))])
+        leaves = [x, gelu_bias, weight, bias]
+        results[-1] += [activated, *torch.autograd.grad(activated, leaves, torch.ones_like(activated))]
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))

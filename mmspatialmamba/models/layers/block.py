@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmspatialmamba.ops import biased_gelu, depthwise_conv, linear
-from mmspatialmamba.ops.backend import fuses_elementwise
+from mmspatialmamba.ops.backend import fuses_elementwise, has_products
+from mmspatialmamba.ops.linear import gelu_linear
 
 from . import inference
 from .mixer import StructureAwareSSM
@@ -33,11 +34,15 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
         """MLP of ``norm(x)``, (..., channels) to the same."""
-        x, fc1 = Recomputed(norm, x), self.fc1
-        if inference.is_untouched(fc1, (Linear,)) and fuses_elementwise(x.tensor, fc1.bias):
-            hidden = feed(lambda x: in_fast_precision(linear, x, fc1.weight), x)
-            return feed(self.fc2, Recomputed(biased_gelu, hidden, fc1.bias))
-        return feed(self.fc2, Recomputed(F.gelu, feed(fc1, x)))
+        x, fc1, fc2 = Recomputed(norm, x), self.fc1, self.fc2
+        if not inference.is_untouched(fc1, (Linear,)) or not fuses_elementwise(x.tensor, fc1.bias):
+            return feed(fc2, Recomputed(F.gelu, feed(fc1, x)))
+        hidden = feed(lambda x: in_fast_precision(linear, x, fc1.weight), x)
+        others = fc1.bias, fc2.weight, fc2.bias
+        trained = all(parameter.requires_grad for parameter in others)
+        if trained and inference.is_untouched(fc2, (Linear,)) and has_products(hidden, *others):
+            return gelu_linear(hidden, *others)
+        return feed(fc2, Recomputed(biased_gelu, hidden, fc1.bias))
 
 
 class SpatialMambaBlock(nn.Module):
