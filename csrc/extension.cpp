@@ -22,6 +22,10 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def(
       "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, str finish) -> (Tensor, Tensor, "
       "Tensor)");
+  m.def("downsampling_conv(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "downsampling_conv_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def("gated_layer_norm(Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "gated_layer_norm_backward(Tensor grad, Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps) -> (Tensor, "

@@ -63,7 +63,7 @@ struct ConvArgs {
   Finish finish;
 };
 
-// One row of a downsampling layer's depthwise convolution, of stride 2, between two ReLUs, of floats.
+// The depthwise convolution of a downsampling layer, of stride 2, between two ReLUs, of floats.
 struct DownsamplingArgs {
   int64_t width, dim;       // of the input; dim is a multiple of vectors(1)
   int64_t tap;              // floats from one tap of the weights to the next
@@ -147,8 +147,13 @@ struct Kernels {
   // sums: (10, batch, dim), of the 9 weights and of the bias
   void (*depthwise_conv_backward)(const ConvArgs&, const Map& grad, const Map& grad_x, float* sums, int64_t batch,
                                   int64_t block, float* scratch);
-  // The three rows of the input, null where it has none.
+  // One row of the output from three of the input, null where it has none.
   void (*downsampling_conv)(const DownsamplingArgs&, const float* const* rows, float* y);
+  // Of an image: grad and y are alike, `height` is the input's. Tasks share the output's rows: `first` to `last` - 1, and
+  // those of the input at twice their place and one below. sums: (10, dim), of the 9 weights and of the bias
+  void (*downsampling_conv_backward)(const DownsamplingArgs&, const float* x, int64_t x_row, const float* y,
+                                     const float* grad, int64_t y_row, int64_t height, int64_t first, int64_t last,
+                                     float* grad_x, float* sums, float* scratch);
   void (*gated_layer_norm)(const NormArgs&, const Matrix& out, int64_t first, int64_t last, float* scratch);
   // sums: (2, dim), of weight and bias
   void (*gated_layer_norm_backward)(const NormArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& grad_gate,
@@ -181,6 +186,7 @@ inline int64_t selective_scan() { return rows(3, 64); }
 inline int64_t selective_scan_backward(int64_t state) { return rows(6, 64) + rows(2, state); }
 inline int64_t depthwise_conv(int64_t width) { return rows(3, width + 10) + rows(2, width); }
 inline int64_t depthwise_conv_backward(int64_t width) { return rows(8, width + 10) + rows(3, width); }
+inline int64_t downsampling_conv_backward(int64_t width, int64_t dim) { return (2 * ((width + 1) / 2 + 1) + 10) * dim; }
 inline int64_t gated_layer_norm(int64_t dim) { return 3 * vectors(dim); }
 inline int64_t gated_layer_norm_backward(int64_t dim) { return 7 * vectors(dim); }
 inline int64_t biased_gelu(int64_t dim) { return 2 * vectors(dim); }

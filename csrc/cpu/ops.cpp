@@ -274,6 +274,86 @@ Tensors3 depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, co
   return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
 }
 
+struct DownsamplingConv {
+  static constexpr const char* kOp = "downsampling_conv";
+  static constexpr int64_t kChannels = 512;  // of a task
+  static constexpr int64_t kRows = 8;        // of a task's output
+  at::Tensor x, weights, bias;
+  int64_t batch, dim, height, width, out_height, out_width, bands, groups;
+
+  DownsamplingConv(const at::Tensor& x_, const at::Tensor& weight, const at::Tensor& bias_)
+      : x(dense("x", x_)), weights(floats(weight.reshape({-1, 9}).t())), bias(floats(bias_)), batch(x.size(0)), dim(x.size(1)),
+        height(x.size(2)), width(x.size(3)), out_height(at::divup(height, 2)), out_width(at::divup(width, 2)),
+        bands(at::divup(out_height, kRows)), groups(at::divup(dim, kChannels)) {
+    TORCH_CHECK(dim % vectors(1) == 0, kOp, ": the number of channels must be a multiple of ", vectors(1), ", but is ", dim);
+    TORCH_CHECK(weights.size(1) == dim && bias.sizes() == at::IntArrayRef({dim}), kOp, ": weight and bias must have ", dim,
+                " channels, but have shapes ", weight.sizes(), " and ", bias_.sizes());
+  }
+
+  static at::Tensor dense(const char* name, const at::Tensor& t) {
+    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.dim() == 4, kOp, ": ", name,
+                " must be a float32 CPU tensor of shape (batch, dim, height, width), but is ", t.scalar_type(), " on ",
+                t.device(), " of shape ", t.sizes());
+    return t.contiguous(at::MemoryFormat::ChannelsLast);
+  }
+
+  // Runs task(number, image, first output row, behind the last, first channel, arguments).
+  template <class Task>
+  void run(int64_t scratch, const Task& task) const {
+    parallel_tasks(batch * bands * groups, scratch, [&](int64_t i, float* memory) {
+      const int64_t part = i / groups, c = i % groups * kChannels, first = part % bands * kRows;
+      const DownsamplingArgs args{width, std::min(kChannels, dim - c), dim, weights.const_data_ptr<float>() + c,
+                                  bias.const_data_ptr<float>() + c, dim, dim};
+      task(part, part / bands, first, std::min(first + kRows, out_height), c, args, memory);
+    });
+  }
+};
+
+at::Tensor downsampling_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  const DownsamplingConv conv(x, weight, bias);
+  const int64_t row = conv.width * conv.dim, out_row = conv.out_width * conv.dim;
+  at::Tensor y = at::empty({conv.batch, conv.dim, conv.out_height, conv.out_width},
+                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const float* source = conv.x.const_data_ptr<float>();
+  float* target = y.mutable_data_ptr<float>();
+  conv.run(0, [&](int64_t, int64_t image, int64_t first, int64_t last, int64_t c, const DownsamplingArgs& args, float*) {
+    for (int64_t r = first; r < last; ++r) {
+      const float* rows[3];
+      for (int64_t i = 0; i < 3; ++i) {
+        const int64_t at = 2 * r + i - 1;
+        rows[i] = at < 0 || at >= conv.height ? nullptr : source + (image * conv.height + at) * row + c;
+      }
+      kernels().downsampling_conv(args, rows, target + (image * conv.out_height + r) * out_row + c);
+    }
+  });
+  return y;
+}
+
+Tensors3 downsampling_conv_backward(const at::Tensor& grad_, const at::Tensor& y_, const at::Tensor& x,
+                                    const at::Tensor& weight, const at::Tensor& bias) {
+  const DownsamplingConv conv(x, weight, bias);
+  const at::Tensor grad = conv.dense("the gradient", grad_), y = conv.dense("y", y_);
+  const int64_t row = conv.width * conv.dim, out_row = conv.out_width * conv.dim;
+  at::Tensor grad_x = at::empty_like(conv.x);
+  at::Tensor sums = at::empty({10, conv.batch * conv.bands, conv.dim}, x.options());
+  const float *inputs = conv.x.const_data_ptr<float>(), *outputs = y.const_data_ptr<float>(),
+              *grads = grad.const_data_ptr<float>();
+  float *target = grad_x.mutable_data_ptr<float>(), *partial = sums.mutable_data_ptr<float>();
+  const int64_t own = scratch::downsampling_conv_backward(conv.width, conv.kChannels);
+  conv.run(own + 10 * conv.kChannels, [&](int64_t part, int64_t image, int64_t first, int64_t last, int64_t c,
+                                          const DownsamplingArgs& args, float* memory) {
+    const int64_t from = image * conv.height * row + c, to = image * conv.out_height * out_row + c;
+    float* own_sums = memory + own;
+    kernels().downsampling_conv_backward(args, inputs + from, row, outputs + to, grads + to, out_row, conv.height, first,
+                                         last, target + from, own_sums, memory);
+    for (int64_t i = 0; i < 10; ++i) {
+      std::copy_n(own_sums + i * args.dim, args.dim, partial + (i * conv.batch * conv.bands + part) * conv.dim + c);
+    }
+  });
+  sums = sums.sum(1);
+  return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
+}
+
 Matrix matrix_of(const char* op, const char* name, const at::Tensor& t) {
   const Map map = map_of(op, name, t.dim() == 3 ? t : t.unsqueeze(0));
   return {map.data, map.type, t.stride(-2)};
@@ -394,6 +474,8 @@ TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   m.impl("structure_aware_scan_backward", mmspatialmamba::structure_aware_scan_backward);
   m.impl("depthwise_conv", mmspatialmamba::depthwise_conv);
   m.impl("depthwise_conv_backward", mmspatialmamba::depthwise_conv_backward);
+  m.impl("downsampling_conv", mmspatialmamba::downsampling_conv);
+  m.impl("downsampling_conv_backward", mmspatialmamba::downsampling_conv_backward);
   m.impl("gated_layer_norm", mmspatialmamba::gated_layer_norm);
   m.impl("gated_layer_norm_backward", mmspatialmamba::gated_layer_norm_backward);
   m.impl("biased_gelu", mmspatialmamba::biased_gelu);

@@ -14,6 +14,8 @@ void selective_scan_backward(const SelectiveScanArgs&, const float*, const float
 void depthwise_conv(const ConvArgs&, const Map&, int64_t, int64_t, int64_t, int64_t, float*);
 void depthwise_conv_backward(const ConvArgs&, const Map&, const Map&, float*, int64_t, int64_t, float*);
 void downsampling_conv(const DownsamplingArgs&, const float* const*, float*);
+void downsampling_conv_backward(const DownsamplingArgs&, const float*, int64_t, const float*, const float*, int64_t,
+                                int64_t, int64_t, int64_t, float*, float*, float*);
 void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
 void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                                float*);
@@ -37,6 +39,7 @@ const Kernels table{NAME(ISA),
                     depthwise_conv,
                     depthwise_conv_backward,
                     downsampling_conv,
+                    downsampling_conv_backward,
                     gated_layer_norm,
                     gated_layer_norm_backward,
                     biased_gelu,

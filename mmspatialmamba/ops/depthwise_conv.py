@@ -37,3 +37,25 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, fi
     if backend.fuses_elementwise(x, weight, bias):
         return torch.ops.mmspatialmamba_native.depthwise_conv(x, weight, bias, finish)
     return torch_backend.depthwise_conv(x, weight, bias, finish)
+
+
+def fuses_downsampling(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
+    """Whether :func:`downsampling_conv` can run: on the CPU, in float32, with a multiple of 16 channels."""
+    return x.shape[1] % 16 == 0 and backend.has_products(x, *parameters)
+
+
+def downsampling_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """ReLU, depthwise 3x3 convolution of stride 2 and ReLU, the middle of a downsampling layer, on the native backend.
+
+    The first ReLU's output and the gradients between the three are not written to memory. :func:`fuses_downsampling`
+    tells where it can run.
+
+    Args:
+        x (Tensor): Input, (batch, dim, height, width), float32, best in the channels-last memory format.
+        weight (Tensor): Kernels, (dim, 1, 3, 3).
+        bias (Tensor): Bias, (dim,).
+
+    Returns:
+        Tensor: (batch, dim, ceil(height / 2), ceil(width / 2)), in the channels-last memory format.
+    """
+    return torch.ops.mmspatialmamba_native.downsampling_conv(x, weight, bias)

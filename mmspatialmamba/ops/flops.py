@@ -21,6 +21,7 @@ FORWARD = {
     'state_fusion': _FUSION,
     'structure_aware_scan': _SCAN + _FUSION + _READ_OUT,
     'depthwise_conv': _CONV,
+    'downsampling_conv': _CONV,
 }
 # Each product has two gradients, so a backward pass is twice a forward one. Where h is not kept, it and its fusion are
 # computed again first.
@@ -29,6 +30,7 @@ BACKWARD = {
     'state_fusion_backward': 2 * _FUSION,
     'structure_aware_scan_backward': _SCAN + _FUSION + 2 * (_SCAN + _FUSION + _READ_OUT),
     'depthwise_conv_backward': 2 * _CONV,
+    'downsampling_conv_backward': 2 * _CONV,
 }
 # Counted by mmengine and fvcore, not by torch.utils.flop_counter, as PyTorch's LayerNorm is.
 NORM = {'gated_layer_norm': 5}
@@ -45,7 +47,7 @@ _FACTORS = {
     'norm_mlp': (4, 6),
 }
 # What a backend fuses is counted under the name of what another leaves to PyTorch.
-_TRACED_AS = {'depthwise_conv': 'conv', 'gated_layer_norm': 'layer_norm'}
+_TRACED_AS = {'depthwise_conv': 'conv', 'downsampling_conv': 'conv', 'gated_layer_norm': 'layer_norm'}
 _NAMESPACES = [f'mmspatialmamba_{backend}' for backend in ('torch', 'triton', 'native')]
 
 

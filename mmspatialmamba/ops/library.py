@@ -73,6 +73,11 @@ FAKES = {
 CPU_FAKES = {
     'depthwise_conv': lambda x, weight, bias, finish: torch.empty_like(x),
     'depthwise_conv_backward': lambda grad, *inputs: tuple(torch.empty_like(t) for t in inputs[:3]),
+    'downsampling_conv': lambda x, weight, bias: torch.empty_like(x[..., ::2, ::2], memory_format=torch.channels_last),
+    'downsampling_conv_backward': lambda grad, y, x, weight, bias: (
+        torch.empty_like(x, memory_format=torch.channels_last),
+        *(torch.empty_like(t) for t in (weight, bias)),
+    ),
     'gated_layer_norm': lambda x, gate, weight, bias, eps: x.new_empty(x.shape),
     'gated_layer_norm_backward': lambda grad, x, gate, weight, bias, eps: (
         *(t.new_empty(t.shape) for t in (x, gate)),
@@ -130,9 +135,9 @@ def _for_arguments(ctx, gradients) -> tuple:
 def _register_autograd(namespace: str, op: str) -> None:
     """Differentiate ``op`` by its backward op, and that, for second derivatives, by the truth.
 
-    What is kept for the backward pass is the inputs, and of a selective scan its output.
+    What is kept for the backward pass is the inputs, and of some its output.
     """
-    keeps_output = op == 'selective_scan'
+    keeps_output = op in ('selective_scan', 'downsampling_conv')
 
     def setup_context(ctx, inputs, output):
         _save(ctx, inputs, *([output] if keeps_output else []))

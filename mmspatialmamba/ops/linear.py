@@ -25,9 +25,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
-def gelu_linear(
-    x: torch.Tensor, gelu_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
+def gelu_linear(x: torch.Tensor, gelu_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``F.linear(F.gelu(x + gelu_bias), weight, bias)``, the second half of a block's MLP, on the native backend.
 
     Neither the GELU nor its gradient is written to memory. :func:`.backend.has_products` tells where it can run.

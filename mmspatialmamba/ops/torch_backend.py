@@ -231,6 +231,10 @@ def depthwise_conv(x, weight, bias, finish):
     return x + out if finish == 'residual' else out
 
 
+def downsampling_conv(x, weight, bias):
+    return F.conv2d(x.relu(), weight, bias, stride=2, padding=1, groups=x.shape[1]).relu()
+
+
 def gated_layer_norm(x, gate, weight, bias, eps):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * F.silu(gate)
 

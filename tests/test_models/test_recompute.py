@@ -96,3 +96,21 @@ def test_runs_on_tensors_without_data():
     with torch.device('meta'):
         model, image = SpatialMamba(SMALL).train(), torch.rand(1, 3, 64, 64)
     assert [output.shape[1] for output in model(image)] == [8, 16, 32, 64]
+
+
+def test_computed_again_once_for_all_consumers():
+    calls = []
+
+    def function(x):
+        calls.append(len(calls))
+        return x.sin()
+
+    x = torch.randn(5, requires_grad=True)
+    source = Recomputed(function, x)
+    out = feed(torch.square, source) + feed(lambda h: h * h * x, source)
+    for backward_pass in (1, 2):
+        (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+        assert len(calls) == 1 + backward_pass
+    leaf = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad((leaf.sin().square() * (1 + leaf)).sum(), leaf)
+    torch.testing.assert_close(grad, expected)

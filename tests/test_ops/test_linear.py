@@ -192,6 +192,35 @@ def test_opcheck(with_bias):
     torch.library.opcheck(NATIVE.linear_weight_gradient.default, (torch.randn(5, 3).requires_grad_(), x))
 
 
+@needs_native
+def test_opcheck_of_gelu_and_product():
+    x, weight, bias = make(5, 4, 3)
+    inputs = [x, torch.randn(4, requires_grad=True), weight, bias]
+    torch.library.opcheck(NATIVE.gelu_linear.default, inputs)
+    torch.library.opcheck(NATIVE.gelu_linear_backward.default, [torch.randn(5, 3), *(t.detach() for t in inputs)])
+
+
+@needs_native
+def test_gelu_and_product_are_counted_as_their_products():
+    x, weight, bias = make(40, 6, 10)
+    inputs = [x, torch.randn(6, requires_grad=True), weight, bias]
+    with FlopCounterMode(display=False) as forward:
+        out = gelu_linear(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 40 * 6 * 10
+    assert backward.get_total_flops() == 2 * 2 * 40 * 6 * 10
+
+
+@needs_native
+def test_shapes_that_gelu_and_product_refuse():
+    x, weight, bias = make(40, 6, 10)
+    with pytest.raises(RuntimeError, match=r'gelu_linear: gelu_bias must have shape \(6\), but has \[5\]'):
+        gelu_linear(x, torch.randn(5), weight, bias)
+    with pytest.raises(RuntimeError, match=r'gelu_linear: weight must have shape \(out, 6\), but has \[10, 5\]'):
+        gelu_linear(x, torch.randn(6), weight[:, :5], bias)
+
+
 def test_which_products_are_native():
     x, weight, _ = make(4, 3, 2)
 

@@ -38,10 +38,10 @@ class MLP(nn.Module):
         if not inference.is_untouched(fc1, (Linear,)) or not fuses_elementwise(x.tensor, fc1.bias):
             return feed(fc2, Recomputed(F.gelu, feed(fc1, x)))
         hidden = feed(lambda x: in_fast_precision(linear, x, fc1.weight), x)
-        others = fc1.bias, fc2.weight, fc2.bias
-        trained = all(parameter.requires_grad for parameter in others)
-        if trained and inference.is_untouched(fc2, (Linear,)) and has_products(hidden, *others):
-            return gelu_linear(hidden, *others)
+        if inference.is_untouched(fc2, (Linear,)):
+            others = fc1.bias, fc2.weight, fc2.bias
+            if all(parameter.requires_grad for parameter in others) and has_products(hidden, *others):
+                return gelu_linear(hidden, *others)
         return feed(fc2, Recomputed(biased_gelu, hidden, fc1.bias))
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mmspatialmamba.ops import linear
+from mmspatialmamba.ops.depthwise_conv import downsampling_conv, fuses_downsampling
 
 from . import inference
 from .precision import Conv2d, in_fast_precision
@@ -123,4 +124,15 @@ class Downsample(nn.Sequential):
         """(batch, channels, height, width) to (batch, 2 * channels, ceil(height / 2), ceil(width / 2))."""
         if inference.can_fuse(self, x, (Downsample, *_OWN_TYPES)):
             return inference.downsample(self, x)
-        return recompute(self, super().forward, x) if self.with_cp else super().forward(x)
+        return recompute(self, self._forward, x) if self.with_cp else self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        widen, depthwise, narrow = self
+        left_out = [widen, widen.act, depthwise, depthwise.conv, depthwise.act]
+        parameters = depthwise.conv.weight, depthwise.conv.bias
+        if not all(inference.is_untouched(module, _OWN_TYPES) for module in left_out):
+            return super().forward(x)
+        x = widen.conv(x)
+        if fuses_downsampling(x, *parameters):
+            return narrow(downsampling_conv(x, *parameters))
+        return narrow(depthwise(widen.act(x)))

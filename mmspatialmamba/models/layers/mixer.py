@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
-from mmspatialmamba.ops.backend import fuses_elementwise
+from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, linear, structure_aware_scan
+from mmspatialmamba.ops.backend import fuses_elementwise, has_products
 
+from .inference import is_untouched
 from .precision import Linear
 from .recompute import Recomputed, feed
 
@@ -62,9 +63,15 @@ class StructureAwareSSM(nn.Module):
             self.dt_bias,
         ).permute(0, 2, 3, 1)
 
+    def _project(self, x: Recomputed) -> tuple[torch.Tensor, torch.Tensor]:
+        """The halves of ``in_proj``, of their own where that saves their gradients from being joined."""
+        if is_untouched(self.in_proj, (Linear,)) and has_products(x.tensor, self.in_proj.weight):
+            return feed(lambda x: tuple(linear(x, half) for half in self.in_proj.weight.chunk(2)), x)
+        return feed(self.in_proj, x).chunk(2, dim=-1)
+
     def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
         """Mix the pixels of ``norm(x)``, (batch, height, width, channels); the output has its shape."""
-        x, z = feed(self.in_proj, Recomputed(norm, x)).chunk(2, dim=-1)
+        x, z = self._project(Recomputed(norm, x))
         weight, bias = self.conv.weight, self.conv.bias
         fused = fuses_elementwise(x, weight, bias)
         u = Recomputed(depthwise_conv, x.permute(0, 3, 1, 2), weight, bias, 'silu', cheap=fused)

@@ -58,6 +58,29 @@ def _call(autocast: AbstractContextManager, dtype: torch.dtype | None, function:
     return out if dtype is None else out.to(dtype)
 
 
+class _Again:
+    """Computes a tensor once more, and once for all who have stored it, if they ask one after the other.
+
+    Args:
+        function (Callable): Returns the tensor.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        self.stored = 0
+        self._asked = 0
+        self._tensor = None
+
+    def __call__(self) -> torch.Tensor:
+        tensor = self._tensor
+        if tensor is None:
+            with torch.no_grad():
+                tensor = self.function()
+        self._asked = (self._asked + 1) % self.stored
+        self._tensor = tensor if self._asked else None
+        return tensor
+
+
 class Recomputed:
     """What a cheap function returns, for :func:`feed`, which need not store it for the backward pass.
 
@@ -69,7 +92,7 @@ class Recomputed:
 
     Attributes:
         tensor (Tensor): What it returned, under autocast in autocast's dtype.
-        again (Callable, optional): Computes it once more; None where it is to be stored.
+        again (_Again, optional): Computes it once more; None where it is to be stored.
     """
 
     def __init__(self, function: Callable, *inputs: torch.Tensor | float | str, cheap: bool = True) -> None:
@@ -82,8 +105,8 @@ class Recomputed:
         if torch.amp.is_autocast_available(device):
             enabled, fast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
             autocast, dtype = torch.autocast(device, fast, enabled), fast if enabled else None
-        self.again = partial(_call, autocast, dtype, function, inputs)
-        self.tensor = self.again()
+        self.again = _Again(partial(_call, autocast, dtype, function, inputs))
+        self.tensor = self.again.function()
 
 
 def feed(consumer: Callable, *sources: Recomputed) -> torch.Tensor:
@@ -106,14 +129,16 @@ def feed(consumer: Callable, *sources: Recomputed) -> torch.Tensor:
 
     def pack(tensor):
         function = again.get(tensor.untyped_storage()._cdata)
-        return tensor if function is None else (function, tensor.size(), tensor.stride(), tensor.storage_offset())
+        if function is None:
+            return tensor
+        function.stored += 1
+        return function, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(packed):
         if isinstance(packed, torch.Tensor):
             return packed
         function, *geometry = packed
-        with torch.no_grad():
-            return function().as_strided(*geometry)
+        return function().as_strided(*geometry)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return consumer(*tensors)
