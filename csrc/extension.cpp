@@ -47,6 +47,6 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "norm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2, "
       "Tensor bias2) -> Tensor");
   m.def(
-      "downsample(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3) -> "
-      "Tensor");
+      "downsample(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3) "
+      "-> Tensor");
 }

@@ -26,7 +26,9 @@ ALWAYS_INLINE void square_backward(const DownsamplingArgs& args, const float* x,
       float* sum = sums + tap * args.dim + c;
       store(sum, load(sum) + value);
     };
-    const auto pass = [&](int64_t offset, Vec value, Vec total) { store(grad_x + offset + c, where_positive(value, total)); };
+    const auto pass = [&](int64_t offset, Vec value, Vec total) {
+      store(grad_x + offset + c, where_positive(value, total));
+    };
     give(kTapCount, here);
     {
       const Vec value = load(x + c), active = positive(value);

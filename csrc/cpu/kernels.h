@@ -149,8 +149,8 @@ struct Kernels {
                                   int64_t block, float* scratch);
   // One row of the output from three of the input, null where it has none.
   void (*downsampling_conv)(const DownsamplingArgs&, const float* const* rows, float* y);
-  // Of an image: grad and y are alike, `height` is the input's. Tasks share the output's rows: `first` to `last` - 1, and
-  // those of the input at twice their place and one below. sums: (10, dim), of the 9 weights and of the bias
+  // Of an image: grad and y are alike, `height` is the input's. A task has the output's rows `first` to `last` - 1, and
+  // of the input's those at twice their place and one below. sums: (10, dim), of the 9 weights and of the bias
   void (*downsampling_conv_backward)(const DownsamplingArgs&, const float* x, int64_t x_row, const float* y,
                                      const float* grad, int64_t y_row, int64_t height, int64_t first, int64_t last,
                                      float* grad_x, float* sums, float* scratch);

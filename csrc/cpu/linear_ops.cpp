@@ -201,13 +201,14 @@ struct GeluLinear {
   GeluArgs args;
 
   GeluLinear(const at::Tensor& x_, const at::Tensor& bias_) : x(checked(kOp, "x", x_)), bias(padded(bias_)) {
-    TORCH_CHECK(bias_.dim() == 1 && bias_.size(0) == x.size(1), kOp, ": gelu_bias must have shape (", x.size(1), "), but has ",
-                bias_.sizes());
+    TORCH_CHECK(bias_.dim() == 1 && bias_.size(0) == x.size(1), kOp, ": gelu_bias must have shape (", x.size(1),
+                "), but has ", bias_.sizes());
     args = {x.size(0), x.size(1), matrix(data(x), row_of(x)), data(bias)};
   }
 };
 
-at::Tensor gelu_linear(const at::Tensor& x_, const at::Tensor& gelu_bias, const at::Tensor& weight, const at::Tensor& bias) {
+at::Tensor gelu_linear(const at::Tensor& x_, const at::Tensor& gelu_bias, const at::Tensor& weight,
+                       const at::Tensor& bias) {
   const GeluLinear gelu(x_, gelu_bias);
   const int64_t rows = gelu.args.rows, dim = gelu.args.dim, row = spaced(dim), more = scratch::biased_gelu(dim);
   Product product(GeluLinear::kOp, dim, weight, bias);
@@ -240,6 +241,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_linear_backward(
   const int64_t rows = gelu.args.rows, dim = gelu.args.dim, tasks = at::divup(rows, kRows);
   const at::Tensor grad = checked(GeluLinear::kOp, "the gradient", grad_);
   Product product(GeluLinear::kOp, grad.size(1), weight.t());
+  TORCH_CHECK(grad.size(0) == rows && product.out == dim, GeluLinear::kOp, ": the gradient has shape ", grad_.sizes(),
+              ", but x has ", x_.sizes(), " and weight ", weight.sizes());
   const at::Tensor grad_x = at::empty(x_.sizes(), x_.options()), flat = grad_x.view({rows, dim});
   const at::Tensor hidden = at::empty_like(flat), sums = at::empty({tasks, dim}, flat.options());
   const bool shares = product.outweighs(rows);
@@ -345,10 +348,11 @@ at::Tensor norm_mlp(const at::Tensor& x_, const at::Tensor& norm_weight, const a
   return out;
 }
 
-// Tasks compute some hidden channels of some output rows: rows of the input enter the hidden width in the caches, and only
-// what the depthwise convolution leaves of them goes to memory.
-at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
-                      const at::Tensor& bias2, const at::Tensor& weight3, const at::Tensor& bias3) {
+// Tasks compute some hidden channels of some output rows: rows of the input enter the hidden width in the caches, and
+// only what the depthwise convolution leaves of them goes to memory.
+at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1,
+                      const at::Tensor& weight2, const at::Tensor& bias2, const at::Tensor& weight3,
+                      const at::Tensor& bias3) {
   constexpr int64_t kMap = 1 << 16;     // about so many elements of the wide map are in the caches at a time
   constexpr int64_t kHidden = 1 << 22;  // so many of what the convolution leaves are in memory
   constexpr int64_t kPixels = 64;       // fewest output pixels at a time, where a task has them
@@ -358,9 +362,10 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
   const at::Tensor x = checked(op, "x", x_);
   const int64_t batch = x_.size(0), height = x_.size(1), width = x_.size(2), in = x_.size(3);
   Product narrow(op, weight1.size(0), weight3, bias3);
-  const int64_t hidden = narrow.in, out = narrow.out, out_height = at::divup(height, 2), out_width = at::divup(width, 2);
-  TORCH_CHECK(weight2.numel() == 9 * hidden && bias2.numel() == hidden, op, ": the depthwise convolution must have ", hidden,
-              " channels, but its weight has shape ", weight2.sizes());
+  const int64_t hidden = narrow.in, out = narrow.out;
+  const int64_t out_height = at::divup(height, 2), out_width = at::divup(width, 2);
+  TORCH_CHECK(weight2.numel() == 9 * hidden && bias2.numel() == hidden, op, ": the depthwise convolution must have ",
+              hidden, " channels, but its weight has shape ", weight2.sizes());
   const at::Tensor result = at::empty({batch, out_height, out_width, out}, x.options());
   if (result.numel() == 0) return result;
 
@@ -368,8 +373,10 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
   const int64_t step = at::divup(kPixels, out_width), row = spaced(group), line = width * row;
   const int64_t share = at::divup(batch * out_height * groups, 4 * at::get_num_threads());
   const int64_t band = std::clamp<int64_t>(kHidden / (out_width * hidden), 1, std::max(share, kBand));
-  const int64_t bands = at::divup(out_height, band), held = std::max<int64_t>(kHidden / (band * out_width * hidden), 1);
-  const at::Tensor taps = at::constant_pad_nd(floats(weight2).view({hidden, 9}).t(), {0, vectors(hidden) - hidden}).contiguous();
+  const int64_t bands = at::divup(out_height, band);
+  const int64_t held = std::clamp<int64_t>(kHidden / (band * out_width * hidden), 1, batch * bands);
+  const at::Tensor rows_of_taps = floats(weight2).view({hidden, 9}).t();
+  const at::Tensor taps = at::constant_pad_nd(rows_of_taps, {0, vectors(hidden) - hidden}).contiguous();
   const at::Tensor bias = padded(bias2), pixels = spaced_matrix(held * band * out_width, hidden, x);
   const at::Tensor flat = result.view({-1, out});
   const Product widen(op, in, weight1, bias1);
@@ -383,21 +390,22 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
       const int64_t channels = std::min(group, hidden - first);
       float* packed = rows + (2 * step + 1) * line;
       widen.pack_part(first, channels, packed);
-      const DownsamplingArgs conv{width, vectors(channels), vectors(hidden), data(taps, 0, first), data(bias, first), row,
-                                  row_of(pixels)};
+      const DownsamplingArgs conv{width, vectors(channels), vectors(hidden), data(taps, 0, first), data(bias, first),
+                                  row, row_of(pixels)};
       // The first of the rows is the last of the step before, which two steps need.
       int64_t done = std::max<int64_t>(2 * begin - 1, 0);
       for (int64_t r = begin; r < end; r += step) {
         const int64_t next = std::min(r + step, end), last = std::min(2 * next, height), above = 2 * r - 1;
         if (r > begin) std::memcpy(rows, rows + 2 * step * line, line * sizeof(float));
-        kernels().linear({(last - done) * width, in, channels, packed, data(widen.bias, first), false,
-                          data(x, (image * height + done) * width), row_of(x), nullptr, 0, rows + (done - above) * line, row});
+        const float* source = data(x, (image * height + done) * width);
+        kernels().linear({(last - done) * width, in, channels, packed, data(widen.bias, first), false, source,
+                          row_of(x), nullptr, 0, rows + (done - above) * line, row});
         done = last;
         for (int64_t q = r; q < next; ++q) {
           const float* sources[3];
           for (int64_t i = 0; i < 3; ++i) {
-            const int64_t source = 2 * q + i - 1;
-            sources[i] = source < 0 || source >= height ? nullptr : rows + (source - above) * line;
+            const int64_t at = 2 * q + i - 1;
+            sources[i] = at < 0 || at >= height ? nullptr : rows + (at - above) * line;
           }
           const int64_t target = (image * out_height + q - origin) * out_width;
           kernels().downsampling_conv(conv, sources, kept + target * row_of(pixels) + first);

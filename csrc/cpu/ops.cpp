@@ -282,12 +282,13 @@ struct DownsamplingConv {
   int64_t batch, dim, height, width, out_height, out_width, bands, groups;
 
   DownsamplingConv(const at::Tensor& x_, const at::Tensor& weight, const at::Tensor& bias_)
-      : x(dense("x", x_)), weights(floats(weight.reshape({-1, 9}).t())), bias(floats(bias_)), batch(x.size(0)), dim(x.size(1)),
-        height(x.size(2)), width(x.size(3)), out_height(at::divup(height, 2)), out_width(at::divup(width, 2)),
-        bands(at::divup(out_height, kRows)), groups(at::divup(dim, kChannels)) {
-    TORCH_CHECK(dim % vectors(1) == 0, kOp, ": the number of channels must be a multiple of ", vectors(1), ", but is ", dim);
-    TORCH_CHECK(weights.size(1) == dim && bias.sizes() == at::IntArrayRef({dim}), kOp, ": weight and bias must have ", dim,
-                " channels, but have shapes ", weight.sizes(), " and ", bias_.sizes());
+      : x(dense("x", x_)), weights(floats(weight.reshape({-1, 9}).t())), bias(floats(bias_)), batch(x.size(0)),
+        dim(x.size(1)), height(x.size(2)), width(x.size(3)), out_height(at::divup(height, 2)),
+        out_width(at::divup(width, 2)), bands(at::divup(out_height, kRows)), groups(at::divup(dim, kChannels)) {
+    TORCH_CHECK(dim % vectors(1) == 0, kOp, ": the number of channels must be a multiple of ", vectors(1), ", but is ",
+                dim);
+    TORCH_CHECK(weights.size(1) == dim && bias.sizes() == at::IntArrayRef({dim}), kOp, ": weight and bias must have ",
+                dim, " channels, but have shapes ", weight.sizes(), " and ", bias_.sizes());
   }
 
   static at::Tensor dense(const char* name, const at::Tensor& t) {
@@ -316,7 +317,8 @@ at::Tensor downsampling_conv(const at::Tensor& x, const at::Tensor& weight, cons
                            x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const float* source = conv.x.const_data_ptr<float>();
   float* target = y.mutable_data_ptr<float>();
-  conv.run(0, [&](int64_t, int64_t image, int64_t first, int64_t last, int64_t c, const DownsamplingArgs& args, float*) {
+  conv.run(0, [&](int64_t, int64_t image, int64_t first, int64_t last, int64_t c, const DownsamplingArgs& args,
+                  float*) {
     for (int64_t r = first; r < last; ++r) {
       const float* rows[3];
       for (int64_t i = 0; i < 3; ++i) {
@@ -344,8 +346,8 @@ Tensors3 downsampling_conv_backward(const at::Tensor& grad_, const at::Tensor& y
                                           const DownsamplingArgs& args, float* memory) {
     const int64_t from = image * conv.height * row + c, to = image * conv.out_height * out_row + c;
     float* own_sums = memory + own;
-    kernels().downsampling_conv_backward(args, inputs + from, row, outputs + to, grads + to, out_row, conv.height, first,
-                                         last, target + from, own_sums, memory);
+    kernels().downsampling_conv_backward(args, inputs + from, row, outputs + to, grads + to, out_row, conv.height,
+                                         first, last, target + from, own_sums, memory);
     for (int64_t i = 0; i < 10; ++i) {
       std::copy_n(own_sums + i * args.dim, args.dim, partial + (i * conv.batch * conv.bands + part) * conv.dim + c);
     }
@@ -452,7 +454,8 @@ Tensors2 biased_gelu_backward(const at::Tensor& grad, const at::Tensor& x, const
     float* partial = sums.mutable_data_ptr<float>();
     parallel_rows(rows, scratch::biased_gelu_backward(dim),
                   [&](int64_t number, int64_t first, int64_t last, float* memory) {
-                    kernels().biased_gelu_backward(gelu.args, in, to_x, {}, partial + number * dim, first, last, memory);
+                    kernels().biased_gelu_backward(gelu.args, in, to_x, {}, partial + number * dim, first, last,
+                                                   memory);
                   });
   }
   return {grad_x, as(sums.sum(0), bias)};

@@ -28,7 +28,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def gelu_linear(x: torch.Tensor, gelu_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``F.linear(F.gelu(x + gelu_bias), weight, bias)``, the second half of a block's MLP, on the native backend.
 
-    Neither the GELU nor its gradient is written to memory. :func:`.backend.has_products` tells where it can run.
+    The forward pass does not write the GELU to memory; the backward pass computes it again together with its gradient.
+    :func:`.backend.has_products` tells where it can run.
 
     Args:
         x (Tensor): Input, (..., in), float32.

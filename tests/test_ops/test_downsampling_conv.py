@@ -88,7 +88,7 @@ def test_opcheck():
 
 def test_what_does_not_fit_is_refused():
     x, weight, bias = make((1, 16, 4, 4))
-    with pytest.raises(RuntimeError, match='downsampling_conv: the number of channels must be a multiple of 16, but is 8'):
+    with pytest.raises(RuntimeError, match='downsampling_conv: the number of channels must be a multiple of 16'):
         downsampling_conv(x[:, :8], weight[:8], bias[:8])
     with pytest.raises(RuntimeError, match='downsampling_conv: weight and bias must have 16 channels, but have shapes'):
         downsampling_conv(x, weight[:8], bias)
@@ -121,3 +121,20 @@ def test_hooks_are_called(name):
     layer.get_submodule(name).register_forward_hook(lambda *args: calls.append(name))
     layer(torch.randn(1, 4, 6, 6))
     assert calls == [name]
+
+
+@pytest.mark.parametrize('name', ['0', '0.conv', '1', '1.conv', '2'])
+def test_replaced_modules_are_called(name):
+    class Adapted(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x).flip(1)
+
+    layer, x = Downsample(4, dict(type='BN')), torch.randn(1, 4, 6, 6)
+    plain = layer(x)
+    parent, _, child = name.rpartition('.')
+    setattr(layer.get_submodule(parent), child, Adapted(layer.get_submodule(name)))
+    assert not torch.allclose(layer(x), plain)

@@ -128,11 +128,10 @@ class Downsample(nn.Sequential):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         widen, depthwise, narrow = self
-        left_out = [widen, widen.act, depthwise, depthwise.conv, depthwise.act]
-        parameters = depthwise.conv.weight, depthwise.conv.bias
+        left_out = [widen, *list(widen.children())[1:], depthwise, *depthwise.children()]
         if not all(inference.is_untouched(module, _OWN_TYPES) for module in left_out):
             return super().forward(x)
-        x = widen.conv(x)
+        x, parameters = widen.conv(x), (depthwise.conv.weight, depthwise.conv.bias)
         if fuses_downsampling(x, *parameters):
             return narrow(downsampling_conv(x, *parameters))
         return narrow(depthwise(widen.act(x)))

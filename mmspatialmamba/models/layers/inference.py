@@ -7,6 +7,9 @@ module is called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,6 +54,18 @@ def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) ->
     return fuses_layers(x) and _is_plain(module, own_types)
 
 
+def _without_autograd(function: Callable) -> Callable:
+    """A function whose ops skip autograd's part of PyTorch's dispatcher, a tenth of the time of a 32x32 image."""
+
+    @wraps(function)
+    def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(module, x)
+
+    return run
+
+
+@_without_autograd
 def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`SpatialMambaBlock`'s output for (batch, channels, height, width)."""
     mixer, mlp = module.mixer, module.mlp
@@ -87,6 +102,7 @@ def _conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.relu_() if hasattr(layer, 'act') else x
 
 
+@_without_autograd
 def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Stem`'s output for (batch, in_channels, height, width)."""
     x = _conv(module.conv1, x)
@@ -94,6 +110,7 @@ def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return _conv(module.conv3[1], _conv(module.conv3[0], x))
 
 
+@_without_autograd
 def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Downsample`'s output for (batch, channels, height, width)."""
     parameters = [tensor.flatten(1) if tensor.dim() > 1 else tensor for layer in module for tensor in _folded(layer)]
