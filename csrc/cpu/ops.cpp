@@ -234,6 +234,8 @@ struct Conv {
 
   Conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_, const std::string& finish)
       : weights(weight.to(at::kFloat).reshape({x.size(1), 9}).t().contiguous()), bias(floats(bias_)) {
+    TORCH_CHECK(bias.sizes() == at::IntArrayRef({x.size(1)}), kOp, ": bias must have shape (", x.size(1), "), but has ",
+                bias.sizes());
     args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), weights.const_data_ptr<float>(),
             bias.const_data_ptr<float>(), finish_of(finish)};
   }

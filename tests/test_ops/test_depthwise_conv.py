@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from test_ops.truth import relative_error
 
+from mmspatialmamba import ops
 from mmspatialmamba.ops import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures('poisoned_memory', 'backend')
@@ -82,3 +83,13 @@ def test_bad_input_is_named(index, value, message):
     arguments[index] = value
     with pytest.raises(ValueError, match=f'depthwise_conv: {message}'):
         depthwise_conv(*arguments)
+
+
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+def test_the_compiled_op_refuses_what_does_not_fit():
+    x, weight, bias = make_inputs((1, 6, 3, 4))
+    native = torch.ops.mmspatialmamba_native.depthwise_conv
+    with pytest.raises(RuntimeError, match=r'depthwise_conv: bias must have shape \(6\), but has \[5\]'):
+        native(x, weight, bias[:5], 'none')
+    with pytest.raises(RuntimeError, match='shape'):
+        native(x, weight[:5], bias, 'none')

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops import depthwise_conv, inference, linear
+from mmspatialmamba.ops import inference, linear
 from mmspatialmamba.ops.inference import fuses_layers, gated_output, norm_linear, norm_mlp
 
 
@@ -68,15 +68,16 @@ def _without_autograd(function: Callable) -> Callable:
 @_without_autograd
 def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`SpatialMambaBlock`'s output for (batch, channels, height, width)."""
-    mixer, mlp = module.mixer, module.mlp
-    x = depthwise_conv(x, module.cpe1.weight, module.cpe1.bias, 'residual').permute(0, 2, 3, 1)
+    mixer, mlp, native = module.mixer, module.mlp, torch.ops.mmspatialmamba_native
+    x = native.depthwise_conv(x, module.cpe1.weight, module.cpe1.bias, 'residual').permute(0, 2, 3, 1)
     into_scan, into_gate = mixer.in_proj.weight.chunk(2)
     u = norm_linear(x, module.ln1, into_scan).permute(0, 3, 1, 2)
-    u = depthwise_conv(u, mixer.conv.weight, mixer.conv.bias, 'silu')
-    dt, B, C = linear(u.permute(0, 2, 3, 1), mixer.x_proj.weight).split([mixer.dt_rank, 1, 1], dim=-1)
-    y = mixer.scan(u, linear(dt, mixer.dt_proj.weight), B, C)
+    u = native.depthwise_conv(u, mixer.conv.weight, mixer.conv.bias, 'silu')
+    projected = native.linear(u.permute(0, 2, 3, 1), mixer.x_proj.weight, None)
+    dt, B, C = projected.split([mixer.dt_rank, 1, 1], dim=-1)
+    y = mixer.scan(u, native.linear(dt, mixer.dt_proj.weight, None), B, C)
     x = gated_output(y, x, module.ln1, into_gate, mixer.out_norm, mixer.out_proj.weight).permute(0, 3, 1, 2)
-    x = depthwise_conv(x, module.cpe2.weight, module.cpe2.bias, 'residual').permute(0, 2, 3, 1)
+    x = native.depthwise_conv(x, module.cpe2.weight, module.cpe2.bias, 'residual').permute(0, 2, 3, 1)
     x = norm_mlp(x, module.ln2, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     return x.permute(0, 3, 1, 2)
 
