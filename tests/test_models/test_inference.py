@@ -101,6 +101,27 @@ def test_replaced_modules_are_called(model, fused, name, grad):
     assert fused.count('block') == (0 if grad else 8)
 
 
+@pytest.mark.parametrize('register', ['register_forward_hook', 'register_full_backward_hook'])
+@pytest.mark.parametrize(
+    'name',
+    ['stages.1.0.mixer.in_proj', 'stages.1.0.mlp.fc1', 'stages.1.0.mlp.fc2', 'downsamples.1.1', 'downsamples.1.0.act'],
+)
+def test_hooks_are_called_in_training(model, name, register):
+    calls = []
+    getattr(model.get_submodule(name), register)(lambda *args: calls.append(name))
+    sum(output.sum() for output in model.train()(torch.randn(2, 3, 32, 32))).backward()
+    assert calls == [name]
+
+
+def test_global_hooks_are_called_in_training(model):
+    modules = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: modules.append(module))
+    model.train()(torch.randn(2, 3, 32, 32))
+    handle.remove()
+    block = model.stages[1][0]
+    assert {block.mixer.in_proj, block.mlp.fc1, block.mlp.fc2} < set(modules)
+
+
 def test_layers_in_training_mode_are_not_fused(model, fused):
     model.train()
     before = model.stem.conv1.norm.running_mean.clone()

@@ -20,20 +20,20 @@ from mmspatialmamba.ops.inference import fuses_layers, gated_output, norm_linear
 
 
 def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
-    """Whether a module is of one of its own types and has no forward hooks, so that calling it can be left out.
+    """Whether a module is of one of its own types and nobody has hooks on it, so that calling it can be left out.
 
     Args:
         module (nn.Module): The module, without what it contains.
         own_types (tuple[type]): Its types.
     """
-    return type(module) in own_types and not module._forward_hooks and not module._forward_pre_hooks
+    own_hooks = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    return type(module) in own_types and not own_hooks and not nn.modules.module._has_any_global_hook()
 
 
 def _is_plain(module: nn.Module, own_types: tuple[type, ...]) -> bool:
     """Whether a module is as it was built, see above."""
-    hooks = nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
     for m in module.modules():
         foldable = isinstance(m, _BatchNorm) and m.track_running_stats and m.affine
         if m.training or not is_untouched(m, (type(m),) if foldable else own_types):
