@@ -22,7 +22,7 @@ PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
-CPU_OPS = ['csrc/cpu/linear_ops.cpp', 'csrc/cpu/ops.cpp']
+CPU_OPS = ['csrc/cpu/inference_ops.cpp', 'csrc/cpu/linear_ops.cpp', 'csrc/cpu/ops.cpp']
 CPU_KERNELS = sorted({f'csrc/cpu/{path.name}' for path in ROOT.glob('csrc/cpu/*.cpp')} - set(CPU_OPS))
 INSTRUCTION_SETS = {
     'baseline': [],

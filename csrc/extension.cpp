@@ -39,13 +39,16 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "gelu_linear_backward(Tensor grad, Tensor x, Tensor gelu_bias, Tensor weight, Tensor bias) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
   // For inference alone: no autograd, float32, on the CPU.
-  m.def("norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight) -> Tensor");
   m.def(
-      "gated_output(Tensor y, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor gate_weight, Tensor "
-      "out_norm_weight, Tensor out_norm_bias, float out_eps, Tensor weight) -> Tensor");
+      "stem(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor "
+      "weight4, Tensor bias4, Tensor weight5, Tensor bias5) -> Tensor");
   m.def(
-      "norm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2, "
-      "Tensor bias2) -> Tensor");
+      "block(Tensor x, Tensor cpe1_weight, Tensor cpe1_bias, Tensor ln1_weight, Tensor ln1_bias, float ln1_eps, Tensor "
+      "in_proj_weight, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, Tensor dt_bias, "
+      "Tensor A_log, Tensor D, Tensor k1, Tensor k3, Tensor k5, Tensor alpha, Tensor out_norm_weight, Tensor "
+      "out_norm_bias, float out_norm_eps, Tensor out_proj_weight, Tensor cpe2_weight, Tensor cpe2_bias, Tensor "
+      "ln2_weight, Tensor ln2_bias, float ln2_eps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor "
+      "fc2_bias) -> Tensor");
   m.def(
       "downsample(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3) "
       "-> Tensor");

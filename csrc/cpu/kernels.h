@@ -93,12 +93,15 @@ struct GeluArgs {
   const float* bias;  // (dim), with zeros up to vectors(dim)
 };
 
-// y = x weight^T + bias + residual, or GELU of that, of floats. The channels of x, residual and y lie side by side.
+// What a product ends with.
+enum class Activation { kNone, kRelu, kGelu };
+
+// y = x weight^T + bias + residual, and its activation, of floats. The channels of x, residual and y lie side by side.
 struct LinearArgs {
   int64_t rows, in, out;
   const float* packed;    // the weights, by pack_linear
   const float* bias;      // (out), with zeros up to kWidestPanel; or null
-  bool gelu;
+  Activation activation;
   const float* x;
   int64_t x_row;
   const float* residual;  // or null

@@ -9,24 +9,38 @@ namespace ISA {
 namespace {
 
 // Input channels at a time: that many of a panel of weights stay in the first cache beside those of a tile's rows.
+#if defined(__AVX512F__)
+constexpr int64_t kChunk = 256;
+#else
 constexpr int64_t kChunk = 128;
+#endif
 
 // Where a panel of weights is packed, as (channels of the chunk, kPanel).
 ALWAYS_INLINE int64_t packed_at(int64_t out, int64_t first, int64_t size, int64_t panel) {
   return first * ((out + kPanel - 1) / kPanel * kPanel) + panel * size * kPanel;
 }
 
-// GELU of a panel of some rows of y.
-__attribute__((noinline)) void activate(const LinearArgs& args, int64_t row, int64_t rows, int64_t column,
-                                        int64_t width) {
+template <class Function>
+ALWAYS_INLINE void apply(const LinearArgs& args, int64_t row, int64_t rows, int64_t column, int64_t width,
+                         const Function& function) {
   for (float* y = args.y + row * args.y_row + column; rows > 0; --rows, y += args.y_row) {
     int64_t c = 0;
-    for (; c + kLanes <= width; c += kLanes) store(y + c, gelu(load(y + c)));
+    for (; c + kLanes <= width; c += kLanes) store(y + c, function(load(y + c)));
     if (c == width) continue;
     Vec value{};
     memcpy(&value, y + c, (width - c) * sizeof(float));
-    value = gelu(value);
+    value = function(value);
     memcpy(y + c, &value, (width - c) * sizeof(float));
+  }
+}
+
+// The activation of a panel of some rows of y.
+__attribute__((noinline)) void activate(const LinearArgs& args, int64_t row, int64_t rows, int64_t column,
+                                        int64_t width) {
+  if (args.activation == Activation::kGelu) {
+    apply(args, row, rows, column, width, [](Vec x) { return gelu(x); });
+  } else {
+    apply(args, row, rows, column, width, [](Vec x) { return maximum(Vec{}, x); });
   }
 }
 
@@ -36,14 +50,14 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
                         int64_t size) {
   const int64_t column = panel * kPanel, width = smaller(kPanel, args.out - column), x_row = args.x_row;
   Vec total[kRows][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = Vec{};
   const float* x = args.x + row * x_row + first;
   const float* weight = args.packed + packed_at(args.out, first, size, panel);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < size; ++k, weight += kPanel) {
     const Vec left = load(weight), right = load(weight + kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       const Vec value = broadcast(x[i * x_row + k]);
       total[i][0] += value * left;
@@ -59,14 +73,14 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
   if (base) base += row * base_row + column;
   if (first == 0 && args.bias) {
     const Vec low = load(args.bias + column), high = load(args.bias + column + kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       total[i][0] += low;
       total[i][1] += high;
     }
   }
   if (width == kPanel) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       if (base) {
         total[i][0] += load(base + i * base_row);
@@ -76,7 +90,7 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
       store(y + i * args.y_row + kLanes, total[i][1]);
     }
   } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       store(spare + i * kPanel, total[i][0]);
       store(spare + i * kPanel + kLanes, total[i][1]);
@@ -87,7 +101,7 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
       }
     }
   }
-  if (args.gelu && first + size == args.in) activate(args, row, kRows, column, width);
+  if (args.activation != Activation::kNone && first + size == args.in) activate(args, row, kRows, column, width);
 }
 
 // A tile of at most kRows rows.
@@ -188,12 +202,12 @@ void outer(const OuterArgs& args, float* scratch) {
     for (int64_t t = 0; t < tiles; ++t) {
       const float *left = lefts + t * kTileRows * args.rows, *right = rights + p * kPanel * args.rows;
       Vec total[kTileRows][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < kTileRows; ++i) total[i][0] = total[i][1] = Vec{};
 #pragma GCC unroll 4
       for (int64_t k = 0; k < args.rows; ++k, left += kTileRows, right += kPanel) {
         const Vec low = load(right), high = load(right + kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < kTileRows; ++i) {
           const Vec value = broadcast(left[i]);
           total[i][0] += value * low;
@@ -201,7 +215,7 @@ void outer(const OuterArgs& args, float* scratch) {
         }
       }
       float* y = args.y + t * kTileRows * args.y_row + p * kPanel;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < kTileRows; ++i, y += args.y_row) {
         store(y, load(y) + total[i][0]);
         store(y + kLanes, load(y + kLanes) + total[i][1]);

@@ -7,7 +7,7 @@ namespace mmspatialmamba {
 namespace ISA {
 
 #if defined(__AVX512F__)
-constexpr int64_t kTileRows = 8;
+constexpr int64_t kTileRows = 12;
 #else
 constexpr int64_t kTileRows = 6;
 #endif

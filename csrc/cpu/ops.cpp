@@ -92,6 +92,8 @@ struct Scan {
   }
 };
 
+}  // namespace
+
 at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
                                 const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1, const at::Tensor& k3,
                                 const at::Tensor& k5, const at::Tensor& alpha, const std::optional<at::Tensor>& bias,
@@ -105,6 +107,8 @@ at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, co
   });
   return y;
 }
+
+namespace {
 
 Tensors11 structure_aware_scan_backward(const at::Tensor& grad, const at::Tensor& u, const at::Tensor& delta,
                                         const at::Tensor& A, const at::Tensor& B, const at::Tensor& C,
@@ -241,6 +245,8 @@ struct Conv {
   }
 };
 
+}  // namespace
+
 at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                           const std::string& finish) {
   const Conv conv(x, weight, bias, finish);
@@ -258,6 +264,8 @@ at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const a
            });
   return y;
 }
+
+namespace {
 
 Tensors3 depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                                  const at::Tensor& bias, const std::string& finish) {

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "kernels.h"
 
@@ -56,5 +58,14 @@ inline at::Tensor as_matrix(const at::Tensor& t) {
   const at::Tensor flat = t.reshape({-1, t.size(-1)});
   return flat.stride(1) == 1 ? flat : flat.contiguous();
 }
+
+// Ops that others are made of.
+at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
+                                const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1, const at::Tensor& k3,
+                                const at::Tensor& k5, const at::Tensor& alpha, const std::optional<at::Tensor>& bias,
+                                bool softplus);
+at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                          const std::string& finish);
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 }  // namespace mmspatialmamba

@@ -34,17 +34,12 @@ BACKWARD = {
 }
 # Counted by mmengine and fvcore, not by torch.utils.flop_counter, as PyTorch's LayerNorm is.
 NORM = {'gated_layer_norm': 5}
-# Of products, and of the layers that run as one op each in inference: which arguments meet each output row. These
-# are the weights, and the input in a weight's gradient. torch.utils.flop_counter sees the layers where they are called
-# as functions; a model's modules run one by one while somebody counts.
+# Of products: which arguments meet each output row. These are the weights, and the input in a weight's gradient.
 _FACTORS = {
     'linear': (1,),
     'linear_weight_gradient': (1,),
     'gelu_linear': (2,),
     'gelu_linear_backward': (3, 3),
-    'norm_linear': (4,),
-    'gated_output': (5, 9),
-    'norm_mlp': (4, 6),
 }
 # What a backend fuses is counted under the name of what another leaves to PyTorch.
 _TRACED_AS = {'depthwise_conv': 'conv', 'downsampling_conv': 'conv', 'gated_layer_norm': 'layer_norm'}
@@ -86,11 +81,6 @@ def _hook_torch(module: ModuleType) -> None:
 
         return count
 
-    def count_downsample(x, weight1, bias1, weight2, bias2, weight3, *others, out_shape, **kwargs):
-        return 2 * (prod(x[:-1]) * prod(weight1) + prod(out_shape[:-1]) * (prod(weight2) + prod(weight3)))
-
-    if hasattr(torch.ops.mmspatialmamba_native, 'downsample'):
-        module.register_flop_formula(torch.ops.mmspatialmamba_native.downsample)(count_downsample)
     for op, positions in _FACTORS.items():
         if hasattr(torch.ops.mmspatialmamba_native, op):
             module.register_flop_formula(getattr(torch.ops.mmspatialmamba_native, op))(layer_formula(op, positions))

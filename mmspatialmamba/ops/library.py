@@ -99,11 +99,12 @@ PRODUCT_FAKES = {
     'gelu_linear_backward': lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs),
 }
 
-# For inference, without autograd: see inference.py.
+# For inference, without autograd: see models/layers/inference.py.
 INFERENCE_FAKES = {
-    'norm_linear': lambda x, norm_weight, norm_bias, eps, weight: _fake_linear(x, weight),
-    'gated_output': lambda y, x, *others: x.new_empty(x.shape),
-    'norm_mlp': lambda x, *others: x.new_empty(x.shape),
+    'stem': lambda x, *others: x.new_empty(
+        (x.shape[0], (x.shape[1] + 3) // 4, (x.shape[2] + 3) // 4, others[-1].shape[0])
+    ),
+    'block': lambda x, *others: torch.empty_like(x, memory_format=torch.channels_last),
     'downsample': lambda x, *others: x.new_empty(
         (x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, others[-1].shape[0])
     ),

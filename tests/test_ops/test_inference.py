@@ -8,18 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_ops.truth import relative_error
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops.inference import downsample, fuses_layers, gated_output, norm_linear, norm_mlp
 
 pytestmark = [
     pytest.mark.usefixtures('poisoned_memory'),
-    pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops'),
+    pytest.mark.skipif(
+        'native' not in ops.available_backends() or torch.ops.mmspatialmamba_native.instruction_set() == 'baseline',
+        reason='needs the compiled ops, and a CPU with AVX2',
+    ),
 ]
-# Rows, channels in, channels out: whole tiles and panels of each instruction set, and what is left over.
-SIZES = [(1, 1, 1), (7, 5, 3), (48, 64, 64), (50, 130, 33), (300, 33, 130), (5, 300, 16), (289, 16, 48)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +27,20 @@ def no_grad():
         yield
 
 
-def make_norm(channels):
-    norm = nn.LayerNorm(channels)
-    norm.weight.normal_()
-    norm.bias.normal_()
-    return norm
+def downsample(*args):
+    return torch.ops.mmspatialmamba_native.downsample(*args)
+
+
+def stem(*args):
+    return torch.ops.mmspatialmamba_native.stem(*args)
+
+
+def block(x, parameters):
+    return torch.ops.mmspatialmamba_native.block(x, **parameters)
 
 
 def make_weight(*shape):
     return torch.randn(shape) / shape[1] ** 0.5
-
-
-def exact(norm, x):
-    return F.layer_norm(x.double(), x.shape[-1:], norm.weight.double(), norm.bias.double(), norm.eps)
 
 
 def make_downsample(channels, hidden, out):
@@ -57,6 +56,79 @@ def exact_downsample(x, parameters):
     hidden = F.linear(x.double(), w1, b1).relu().permute(0, 3, 1, 2)
     hidden = F.conv2d(hidden, w2, b2, stride=2, padding=1, groups=len(w2)).relu()
     return F.linear(hidden.permute(0, 2, 3, 1), w3, b3)
+
+
+def make_stem(channels, half, middle, wide, out):
+    def conv(out, channels):
+        return torch.randn(out, channels, 3, 3) / (3 * channels**0.5), torch.randn(out)
+
+    convs = *conv(half, channels), *conv(middle, half), *conv(half, middle), *conv(wide, half)
+    return *convs, make_weight(out, wide), torch.randn(out)
+
+
+def exact_stem(x, parameters):
+    w1, b1, w2, b2, w3, b3, w4, b4, w5, b5 = (t.double() for t in parameters)
+    x = F.conv2d(x.double().permute(0, 3, 1, 2), w1, b1, stride=2, padding=1).relu()
+    x = x + F.conv2d(F.conv2d(x, w2, b2, padding=1).relu(), w3, b3, padding=1)
+    return F.linear(F.conv2d(x, w4, b4, stride=2, padding=1).relu().permute(0, 2, 3, 1), w5, b5)
+
+
+def make_block(channels, inner, rank, hidden):
+    """The op's arguments but for x."""
+
+    def norm(name, dim, eps):
+        return {f'{name}_weight': torch.randn(dim), f'{name}_bias': torch.randn(dim), f'{name}_eps': eps}
+
+    def conv(name, dim):
+        return {f'{name}_weight': torch.randn(dim, 1, 3, 3) / 3, f'{name}_bias': torch.randn(dim)}
+
+    return dict(
+        **conv('cpe1', channels),
+        **norm('ln1', channels, 1e-5),
+        in_proj_weight=make_weight(2 * inner, channels),
+        **conv('conv', inner),
+        x_proj_weight=make_weight(rank + 2, inner),
+        dt_proj_weight=make_weight(inner, rank),
+        dt_bias=torch.randn(inner),
+        A_log=torch.randn(inner, 1),
+        D=torch.randn(inner),
+        **{f'k{dilation}': torch.randn(inner, 1, 3, 3) / 3 for dilation in (1, 3, 5)},
+        alpha=torch.randn(3),
+        **norm('out_norm', inner, 1e-2),
+        out_proj_weight=make_weight(channels, inner),
+        **conv('cpe2', channels),
+        **norm('ln2', channels, 1e-1),
+        fc1_weight=make_weight(hidden, channels),
+        fc1_bias=torch.randn(hidden),
+        fc2_weight=make_weight(channels, hidden),
+        fc2_bias=torch.randn(channels),
+    )
+
+
+def exact_block(x, parameters):
+    p = {name: torch.as_tensor(value).double() for name, value in parameters.items()}
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], p[f'{name}_weight'], p[f'{name}_bias'], parameters[f'{name}_eps'])
+
+    def conv(name, x):
+        return F.conv2d(x, p[f'{name}_weight'], p[f'{name}_bias'], padding=1, groups=x.shape[1])
+
+    x = x.double()
+    x = (x + conv('cpe1', x)).permute(0, 2, 3, 1)
+    u, gate = F.linear(norm('ln1', x), p['in_proj_weight']).chunk(2, -1)
+    u = F.silu(conv('conv', u.permute(0, 3, 1, 2)))
+    rank = p['dt_proj_weight'].shape[1]
+    dt, B, C = F.linear(u.permute(0, 2, 3, 1), p['x_proj_weight']).split([rank, 1, 1], -1)
+    delta, B, C = (t.permute(0, 3, 1, 2) for t in (F.linear(dt, p['dt_proj_weight']), B, C))
+    kernels = p['k1'], p['k3'], p['k5']
+    with ops.use_backend('torch'):
+        y = ops.structure_aware_scan(u, delta, -p['A_log'].exp(), B, C, p['D'], kernels, p['alpha'], p['dt_bias'])
+    x = x + F.linear(norm('out_norm', y.permute(0, 2, 3, 1)) * F.silu(gate), p['out_proj_weight'])
+    x = x.permute(0, 3, 1, 2)
+    x = (x + conv('cpe2', x)).permute(0, 2, 3, 1)
+    x = x + F.linear(F.gelu(F.linear(norm('ln2', x), p['fc1_weight'], p['fc1_bias'])), p['fc2_weight'], p['fc2_bias'])
+    return x.permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -87,59 +159,77 @@ def test_downsampled_in_parts():
         assert relative_error(downsample(x, *parameters), exact_downsample(x, parameters)) < 2e-6
 
 
-@pytest.mark.parametrize('rows, channels, out', SIZES)
-def test_norm_linear(rows, channels, out):
-    x, norm, weight = 3 + torch.randn(rows, channels), make_norm(channels), make_weight(out, channels)
-    assert relative_error(norm_linear(x, norm, weight), F.linear(exact(norm, x), weight.double())) < 5e-6
+@pytest.mark.parametrize(
+    'shape, dims',
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1)),
+        ((2, 1, 6, 3), (8, 8, 32, 16)),
+        ((1, 9, 2, 3), (5, 7, 33, 40)),
+        ((3, 7, 5, 2), (4, 4, 8, 4)),
+        ((1, 41, 290, 3), (16, 35, 64, 24)),
+        ((2, 4, 600, 1), (3, 96, 17, 33)),
+    ],
+    ids=str,
+)
+def test_stem(shape, dims):
+    x, parameters = torch.randn(shape), make_stem(shape[-1], *dims)
+    expected = exact_stem(x, parameters)
+    assert relative_error(stem(x, *parameters), expected) < 2e-6
+    permuted = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert relative_error(stem(permuted, *parameters), expected) < 2e-6
 
 
-@pytest.mark.parametrize('rows, channels, inner', SIZES)
-def test_gated_output(rows, channels, inner):
-    x, y = torch.randn(rows, channels), torch.randn(rows, inner)
-    norm, out_norm = make_norm(channels), make_norm(inner)
-    gate_weight, weight = make_weight(inner, channels), make_weight(channels, inner)
-    gate = F.linear(exact(norm, x), gate_weight.double())
-    expected = x + F.linear(exact(out_norm, y) * F.silu(gate), weight.double())
-    assert relative_error(gated_output(y, x, norm, gate_weight, out_norm, weight), expected) < 5e-6
+# Whole tiles and panels of each instruction set, and what is left over; few pixels for the weights, and many.
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format], ids=['channels_last', 'contiguous'])
+@pytest.mark.parametrize(
+    'shape, inner, rank, hidden',
+    [
+        ((1, 1, 1, 1), 1, 1, 1),
+        ((2, 5, 3, 7), 3, 1, 4),
+        ((1, 64, 12, 24), 128, 4, 256),
+        ((3, 33, 5, 10), 130, 3, 50),
+        ((1, 130, 20, 15), 33, 9, 300),
+        ((1, 300, 1, 5), 16, 5, 288),
+        ((2, 16, 17, 17), 48, 1, 64),
+    ],
+    ids=str,
+)
+def test_block(shape, inner, rank, hidden, layout):
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    parameters = make_block(shape[1], inner, rank, hidden)
+    assert relative_error(block(x, parameters), exact_block(x, parameters)) < 1e-5
 
 
-@pytest.mark.parametrize('rows, channels, hidden', SIZES)
-def test_norm_mlp(rows, channels, hidden):
-    x, norm = torch.randn(rows, channels), make_norm(channels)
-    weights = make_weight(hidden, channels), torch.randn(hidden), make_weight(channels, hidden), torch.randn(channels)
-    w1, b1, w2, b2 = (t.double() for t in weights)
-    expected = x + F.linear(F.gelu(F.linear(exact(norm, x), w1, b1)), w2, b2)
-    assert relative_error(norm_mlp(x, norm, *weights), expected) < 5e-6
-
-
-def test_special_values_stay_in_their_row():
-    x = torch.randn(60, 40)
-    x[7, 3], x[20, 5] = torch.nan, torch.inf
-    norm, weights = make_norm(40), (make_weight(160, 40), torch.randn(160), make_weight(40, 160), torch.randn(40))
-    rows = ~norm_mlp(x, norm, *weights).isfinite().all(1)
-    assert rows.nonzero().flatten().tolist() == [7, 20]
+def test_special_values_stay_where_they_are_used():
     x = torch.randn(2, 9, 11, 8)
     x[1, 4, 4, 3] = torch.nan
     pixels = downsample(x, *make_downsample(8, 32, 4)).isnan().all(3).nonzero()
     assert pixels.tolist() == [[1, 2, 2]]
+    assert stem(x, *make_stem(8, 4, 6, 8, 4)).isnan().any(3).any(2).any(1).tolist() == [False, True]
+    x, parameters = torch.randn(3, 40, 6, 30), make_block(40, 80, 3, 160)
+    x[0, 3, 2, 2], x[2, 5, 3, 20] = torch.nan, torch.inf
+    images = block(x, parameters).isfinite().all(1)
+    assert images[1].all() and not images[0, 2, 2] and not images[2, 3, 20]
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    x, norm = torch.randn(500, 48), make_norm(48)
-    weights = make_weight(192, 48), torch.randn(192), make_weight(48, 192), torch.randn(48)
     maps, parameters = torch.randn(2, 41, 30, 8), make_downsample(8, 200, 16)
+    stem_parameters = make_stem(8, 16, 16, 64, 24)
+    x, block_parameters = torch.randn(2, 48, 20, 17), make_block(48, 96, 3, 192)
+    few = x[:, :, :2, :3]
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append((norm_mlp(x, norm, *weights), downsample(maps, *parameters)))
+        layers = downsample(maps, *parameters), stem(maps, *stem_parameters)
+        results.append((*layers, block(x, block_parameters), block(few, block_parameters)))
     torch.set_num_threads(before)
     for one, *others in zip(*results):
         assert all(torch.equal(one, other) for other in others)
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(RuntimeError, match='norm_linear: x must be a float32 CPU tensor'):
-        norm_linear(torch.randn(2, 3).bfloat16(), make_norm(3), torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match='stem: x must be a float32 CPU tensor'):
+        stem(torch.randn(1, 4, 4, 3).bfloat16(), *make_stem(3, 4, 4, 8, 4))
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -150,39 +240,42 @@ def test_shapes_that_do_not_fit_are_refused():
         downsample(x, w1, b1, w2[:31], *others)
     with pytest.raises(RuntimeError, match=r'downsample: weight must have shape \(out, 8\), but has \[32, 7\]'):
         downsample(x, w1[:, 1:], b1, w2, *others)
-    with pytest.raises(RuntimeError, match=r'norm_linear: weight must have shape \(out, 3\), but has \[4, 2\]'):
-        norm_linear(torch.randn(2, 3), make_norm(3), torch.randn(4, 2))
-    with pytest.raises(RuntimeError, match=r'norm_linear: a norm.s weight and bias must have shape \(3\), but one'):
-        norm_linear(torch.randn(2, 3), make_norm(4), torch.randn(4, 3))
-    weights = make_weight(8, 4), torch.randn(8), make_weight(5, 8), torch.randn(5)
-    with pytest.raises(RuntimeError, match='norm_mlp: weight2 must have 4 rows, but has 5'):
-        norm_mlp(torch.randn(2, 4), make_norm(4), *weights)
-    with pytest.raises(RuntimeError, match=r'gated_output: shapes do not fit: x \[3, 4\], y \[2, 8\], '):
-        gated_output(
-            torch.randn(2, 8), torch.randn(3, 4), make_norm(4), make_weight(8, 4), make_norm(8), make_weight(4, 8)
-        )
+    parameters = make_stem(8, 4, 6, 16, 5)
+    with pytest.raises(RuntimeError, match=r'stem: x must have shape \(batch, height, width, channels\), but'):
+        stem(x[0], *parameters)
+    with pytest.raises(RuntimeError, match=r'must have shapes \(out, 6, 3, 3\) and \(out\), but have \[4, 5, 3, 3\]'):
+        stem(x, *parameters[:4], parameters[4][:, 1:], *parameters[5:])
+    with pytest.raises(RuntimeError, match='stem: weight3 must have 4 output channels, but has 3'):
+        stem(x, *parameters[:4], *(t[:3] for t in parameters[4:6]), parameters[6][:, :3], *parameters[7:])
 
 
-def test_when_layers_are_fused():
-    x = torch.randn(2)
-    assert fuses_layers(x) == (torch.ops.mmspatialmamba_native.instruction_set() != 'baseline')
-    assert not fuses_layers(x.double()) and not fuses_layers(x.bfloat16())
-    with torch.enable_grad():
-        assert not fuses_layers(x)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert not fuses_layers(x)
-    with ops.use_backend('torch'):
-        assert not fuses_layers(x)
-
-
-def test_counted():
-    norm, x = nn.LayerNorm(8), torch.randn(5, 8)
-    with FlopCounterMode(display=False) as counter:
-        norm_mlp(x, norm, torch.randn(32, 8), torch.randn(32), torch.randn(8, 32), torch.randn(8))
-    assert counter.get_total_flops() == 2 * 5 * 2 * 8 * 32
-    with FlopCounterMode(display=False) as counter:
-        downsample(torch.randn(1, 5, 7, 8), *make_downsample(8, 32, 6))
-    assert counter.get_total_flops() == 2 * (5 * 7 * 8 * 32 + 3 * 4 * 32 * (9 + 6))
+@pytest.mark.parametrize(
+    'name, dim, message',
+    [
+        ('cpe1_bias', 0, r'depthwise_conv: bias must have shape \(6\), but has \[5\]'),
+        ('ln1_weight', 0, r'block: a norm.s weight and bias must have shape \(6\), but one has \[5\]'),
+        ('in_proj_weight', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('in_proj_weight', 1, r'block: weight must have shape \(out, 6\), but has \[12, 5\]'),
+        ('conv_bias', 0, r'depthwise_conv: bias must have shape \(12\), but has \[11\]'),
+        ('x_proj_weight', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('x_proj_weight', 1, r'linear: weight must have shape \(out, 12\), but has \[4, 11\]'),
+        ('dt_proj_weight', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('dt_bias', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('A_log', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('D', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('k3', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('alpha', 0, 'block: the mixer.s parameters do not fit each other'),
+        ('out_norm_bias', 0, r'block: a norm.s weight and bias must have shape \(12\), but one has \[11\]'),
+        ('out_proj_weight', 0, r'block: shapes do not fit: x'),
+        ('fc1_bias', 0, r'block: bias must have shape \(24\), but has \[23\]'),
+        ('fc2_weight', 0, 'block: the last weight must have 6 rows, but has 5'),
+    ],
+)
+def test_parameters_of_a_block_that_do_not_fit_are_refused(name, dim, message):
+    parameters = make_block(6, 12, 2, 24)
+    parameters[name] = parameters[name].narrow(dim, 0, parameters[name].shape[dim] - 1)
+    with pytest.raises(RuntimeError, match=message):
+        block(torch.randn(2, 6, 3, 4), parameters)
 
 
 @pytest.mark.slow

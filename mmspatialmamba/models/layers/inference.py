@@ -11,12 +11,10 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops import inference, linear
-from mmspatialmamba.ops.inference import fuses_layers, gated_output, norm_linear, norm_mlp
+from mmspatialmamba.ops.backend import has_products
 
 
 def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
@@ -51,7 +49,7 @@ def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) ->
         x (Tensor): Its input.
         own_types (tuple[type]): Types of the layer and of the modules within, but for BatchNorm.
     """
-    return fuses_layers(x) and _is_plain(module, own_types)
+    return not torch.is_grad_enabled() and has_products(x) and _is_plain(module, own_types)
 
 
 def _without_autograd(function: Callable) -> Callable:
@@ -65,23 +63,6 @@ def _without_autograd(function: Callable) -> Callable:
     return run
 
 
-@_without_autograd
-def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A :class:`SpatialMambaBlock`'s output for (batch, channels, height, width)."""
-    mixer, mlp, native = module.mixer, module.mlp, torch.ops.mmspatialmamba_native
-    x = native.depthwise_conv(x, module.cpe1.weight, module.cpe1.bias, 'residual').permute(0, 2, 3, 1)
-    into_scan, into_gate = mixer.in_proj.weight.chunk(2)
-    u = norm_linear(x, module.ln1, into_scan).permute(0, 3, 1, 2)
-    u = native.depthwise_conv(u, mixer.conv.weight, mixer.conv.bias, 'silu')
-    projected = native.linear(u.permute(0, 2, 3, 1), mixer.x_proj.weight, None)
-    dt, B, C = projected.split([mixer.dt_rank, 1, 1], dim=-1)
-    y = mixer.scan(u, native.linear(dt, mixer.dt_proj.weight, None), B, C)
-    x = gated_output(y, x, module.ln1, into_gate, mixer.out_norm, mixer.out_proj.weight).permute(0, 3, 1, 2)
-    x = native.depthwise_conv(x, module.cpe2.weight, module.cpe2.bias, 'residual').permute(0, 2, 3, 1)
-    x = norm_mlp(x, module.ln2, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    return x.permute(0, 3, 1, 2)
-
-
 def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work."""
     weight, bias = layer.conv.weight, layer.conv.bias
@@ -93,26 +74,34 @@ def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
 
 
-def _conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A ConvLayer's output for (batch, channels, height, width)."""
-    weight, bias = _folded(layer)
-    if weight.shape[2:] == (1, 1):
-        x = linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    else:
-        x = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
-    return x.relu_() if hasattr(layer, 'act') else x
-
-
 @_without_autograd
 def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Stem`'s output for (batch, in_channels, height, width)."""
-    x = _conv(module.conv1, x)
-    x = _conv(module.conv2[1], _conv(module.conv2[0], x)).add_(x)
-    return _conv(module.conv3[1], _conv(module.conv3[0], x))
+    *layers, last = module.conv1, *module.conv2, *module.conv3
+    weight, bias = _folded(last)
+    parameters = [tensor for layer in layers for tensor in _folded(layer)]
+    x = torch.ops.mmspatialmamba_native.stem(x.permute(0, 2, 3, 1), *parameters, weight.flatten(1), bias)
+    return x.permute(0, 3, 1, 2)
 
 
 @_without_autograd
 def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Downsample`'s output for (batch, channels, height, width)."""
     parameters = [tensor.flatten(1) if tensor.dim() > 1 else tensor for layer in module for tensor in _folded(layer)]
-    return inference.downsample(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2)
+    return torch.ops.mmspatialmamba_native.downsample(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2)
+
+
+@_without_autograd
+def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A :class:`SpatialMambaBlock`'s output for (batch, channels, height, width)."""
+    cpe1, ln1, mixer, cpe2, ln2, mlp = module.cpe1, module.ln1, module.mixer, module.cpe2, module.ln2, module.mlp
+    conv, out_norm, fc1, fc2 = mixer.conv, mixer.out_norm, mlp.fc1, mlp.fc2
+    return torch.ops.mmspatialmamba_native.block(
+        x,
+        *(cpe1.weight, cpe1.bias, ln1.weight, ln1.bias, ln1.eps),
+        *(mixer.in_proj.weight, conv.weight, conv.bias, mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_bias),
+        *(mixer.A_log, mixer.D, *mixer.fusion_kernels, mixer.fusion_alpha),
+        *(out_norm.weight, out_norm.bias, out_norm.eps, mixer.out_proj.weight),
+        *(cpe2.weight, cpe2.bias, ln2.weight, ln2.bias, ln2.eps),
+        *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+    )
