@@ -9,17 +9,29 @@ struct Moments {
   float mean, scale;
 };
 
+// The sum of value(channel) over the whole vectors of `dim` floats, and where they end. Four sums side by side: each
+// addition would else wait for the one before.
+template <class Value>
+ALWAYS_INLINE Vec vector_sum(int64_t dim, int64_t& c, const Value& value) {
+  Vec total[4] = {};
+  for (c = 0; c + 4 * kLanes <= dim; c += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) total[i] += value(c + i * kLanes);
+  }
+  for (; c + kLanes <= dim; c += kLanes) total[0] += value(c);
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
 // Of the first `dim` floats; the rest of the last vector are zeros.
 Moments moments(const float* x, int64_t dim, float eps) {
-  Vec total{};
-  for (int64_t c = 0; c < dim; c += kLanes) total += load(x + c);
+  int64_t c;
+  Vec total = vector_sum(dim, c, [&](int64_t i) { return load(x + i); });
+  if (c < dim) total += load(x + c);
   const float mean = sum(total) / dim;
-  Vec squares{};
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) {
-    const Vec centred = load(x + c) - mean;
-    squares += centred * centred;
-  }
+  const Vec squares = vector_sum(dim, c, [&](int64_t i) {
+    const Vec centred = load(x + i) - mean;
+    return centred * centred;
+  });
   float rest = 0;
   for (; c < dim; ++c) rest += (x[c] - mean) * (x[c] - mean);
   return {mean, 1.f / __builtin_sqrtf((sum(squares) + rest) / dim + eps)};
@@ -34,10 +46,13 @@ void gated_layer_norm(const NormArgs& args, const Matrix& out, int64_t first, in
     const float* gate = args.gate.data ? read(args.gate, row, dim, scratch + piece) : nullptr;
     float* y = open(out, row, dim, scratch + 2 * piece);
     const Moments m = moments(x, dim, args.eps);
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      const Vec normed = (load(x + c) - m.mean) * m.scale * load(args.weight + c) + load(args.bias + c);
-      const Vec z = gate ? load(gate + c) : Vec{};
-      store(y + c, gate ? normed * z * logistic(z) : normed);
+    const auto normed = [&](int64_t c) {
+      return (load(x + c) - m.mean) * m.scale * load(args.weight + c) + load(args.bias + c);
+    };
+    if (gate) {
+      for (int64_t c = 0; c < dim; c += kLanes) store(y + c, normed(c) * load(gate + c) * logistic(load(gate + c)));
+    } else {
+      for (int64_t c = 0; c < dim; c += kLanes) store(y + c, normed(c));
     }
     written(out, row, dim, y);
   }

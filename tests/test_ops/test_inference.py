@@ -268,7 +268,8 @@ def test_shapes_that_do_not_fit_are_refused():
         ('out_norm_bias', 0, r'block: a norm.s weight and bias must have shape \(12\), but one has \[11\]'),
         ('out_proj_weight', 0, r'block: shapes do not fit: x'),
         ('fc1_bias', 0, r'block: bias must have shape \(24\), but has \[23\]'),
-        ('fc2_weight', 0, 'block: the last weight must have 6 rows, but has 5'),
+        ('fc2_weight', 0, r'block: bias must have shape \(5\), but has \[6\]'),
+        ('fc2_weight', 1, r'block: weight must have shape \(out, 24\), but has \[6, 23\]'),
     ],
 )
 def test_parameters_of_a_block_that_do_not_fit_are_refused(name, dim, message):
