@@ -71,13 +71,20 @@ class SpatialMambaBlock(nn.Module):
         layers = (type(self), StructureAwareSSM, MLP, Linear, DropPath)
         self._own_types = (*layers, nn.Conv2d, nn.LayerNorm, nn.ParameterList, nn.Identity)
 
+    def _add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """``x + drop_path(y)``; in one pass over memory where stochastic depth scales whole samples of ``y``."""
+        scales = self.training and hasattr(self.drop_path, 'drop_prob') and x.dtype.itemsize >= 4
+        if not scales or not inference.is_untouched(self.drop_path, self._own_types):
+            return x + self.drop_path(y)
+        return torch.addcmul(x, y, self.drop_path(x.new_ones(len(x), 1, 1, 1)))
+
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if inference.can_fuse(self, x, self._own_types):
             return inference.block(self, x)
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
-        x = (x + self.drop_path(self.mixer(x, self.ln1))).permute(0, 3, 1, 2)
+        x = self._add(x, self.mixer(x, self.ln1)).permute(0, 3, 1, 2)
         x = depthwise_conv(x, self.cpe2.weight, self.cpe2.bias, 'residual').permute(0, 2, 3, 1)
-        return (x + self.drop_path(self.mlp(x, self.ln2))).permute(0, 3, 1, 2)
+        return self._add(x, self.mlp(x, self.ln2)).permute(0, 3, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to the same, best in the channels-last memory format."""
