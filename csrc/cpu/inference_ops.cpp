@@ -282,21 +282,44 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
               ", the fusion's kernels ", k1.sizes(), ", ", k3.sizes(), " and ", k5.sizes());
   const auto pixels = [](const at::Tensor& t) { return t.permute({0, 2, 3, 1}); };
   const auto planes = [](const at::Tensor& t) { return t.permute({0, 3, 1, 2}); };
-  at::Tensor x = pixels(depthwise_conv(x_, cpe1_weight, cpe1_bias, "residual")), y;
+  // In bfloat16 the products are PyTorch's, which knows the processor's instructions for them.
+  const bool half = x_.scalar_type() == at::kBFloat16;
+  const auto product = [&](const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias = {}) {
+    if (!half) return mmspatialmamba::linear(input, weight, std::nullopt);
+    const auto halved = bias.defined() ? std::make_optional(bias.to(at::kBFloat16)) : std::nullopt;
+    return at::linear(input, weight.to(at::kBFloat16), halved);
+  };
+  at::Tensor x = pixels(depthwise_conv(x_, cpe1_weight, cpe1_bias, "residual")), y, gate;
   {
-    at::Tensor u = norm_linear(op, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, 0, inner));
+    at::Tensor u;
+    if (half) {
+      const at::Tensor halves = product(gated_layer_norm(x, {}, ln1_weight, ln1_bias, ln1_eps), in_proj_weight);
+      u = halves.narrow(3, 0, inner);
+      gate = halves.narrow(3, inner, inner);
+    } else {
+      u = norm_linear(op, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, 0, inner));
+    }
     u = depthwise_conv(planes(u), conv_weight, conv_bias, "silu");
-    const at::Tensor projected = mmspatialmamba::linear(pixels(u), x_proj_weight, std::nullopt);
-    const at::Tensor delta = mmspatialmamba::linear(projected.narrow(3, 0, rank), dt_proj_weight, std::nullopt);
+    const at::Tensor projected = product(pixels(u), x_proj_weight);
+    const at::Tensor delta = product(projected.narrow(3, 0, rank), dt_proj_weight);
     const auto map_of = [&](int64_t i) { return planes(projected.narrow(3, rank + i, 1)); };
-    y = structure_aware_scan(u, planes(delta), at::exp(A_log).neg_(), map_of(0), map_of(1), D, k1, k3, k5, alpha, dt_bias,
-                             true);
+    y = pixels(structure_aware_scan(u, planes(delta), at::exp(A_log.to(at::kFloat)).neg_(), map_of(0), map_of(1), D, k1, k3,
+                                    k5, alpha, dt_bias, true));
   }
-  x = gated_output(op, pixels(y), x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, inner, inner),
-                   out_norm_weight, out_norm_bias, out_norm_eps, out_proj_weight);
+  if (half) {
+    y = gated_layer_norm(y, gate, out_norm_weight, out_norm_bias, out_norm_eps);
+    gate.reset();
+    x.add_(product(y, out_proj_weight));
+  } else {
+    x = gated_output(op, y, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, inner, inner), out_norm_weight,
+                     out_norm_bias, out_norm_eps, out_proj_weight);
+  }
   y.reset();
   x = pixels(depthwise_conv(planes(x), cpe2_weight, cpe2_bias, "residual"));
-  return planes(norm_mlp(op, x, ln2_weight, ln2_bias, ln2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias));
+  if (!half) return planes(norm_mlp(op, x, ln2_weight, ln2_bias, ln2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias));
+  at::Tensor hidden = product(gated_layer_norm(x, {}, ln2_weight, ln2_bias, ln2_eps), fc1_weight);
+  hidden = biased_gelu(hidden, fc1_bias);
+  return planes(x.add_(product(hidden, fc2_weight, fc2_bias)));
 }
 
 }  // namespace

@@ -377,8 +377,9 @@ struct Norm {
   NormArgs args;
 
   Norm(const at::Tensor& x_, const at::Tensor& gate_, const at::Tensor& weight_, const at::Tensor& bias_, double eps)
-      : x(as_matrix(x_)), gate(as_matrix(gate_)), weight(padded(weight_)), bias(padded(bias_)) {
-    args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), matrix_of(kOp, "gate", gate), weight.const_data_ptr<float>(),
+      : x(as_matrix(x_)), gate(gate_.defined() ? as_matrix(gate_) : gate_), weight(padded(weight_)), bias(padded(bias_)) {
+    const Matrix gates = gate.defined() ? matrix_of(kOp, "gate", gate) : Matrix{};
+    args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), gates, weight.const_data_ptr<float>(),
             bias.const_data_ptr<float>(), static_cast<float>(eps)};
   }
 };
@@ -395,6 +396,8 @@ void parallel_rows(int64_t rows, int64_t scratch, const Task& task) {
   });
 }
 
+}  // namespace
+
 at::Tensor gated_layer_norm(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& weight,
                             const at::Tensor& bias, double eps) {
   const Norm norm(x, gate, weight, bias, eps);
@@ -407,6 +410,8 @@ at::Tensor gated_layer_norm(const at::Tensor& x, const at::Tensor& gate, const a
                 });
   return y;
 }
+
+namespace {
 
 Tensors4 gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gate,
                                    const at::Tensor& weight, const at::Tensor& bias, double eps) {
@@ -440,6 +445,8 @@ struct Gelu {
   }
 };
 
+}  // namespace
+
 at::Tensor biased_gelu(const at::Tensor& x, const at::Tensor& bias) {
   const Gelu gelu(x, bias);
   const int64_t rows = gelu.args.rows, dim = gelu.args.dim;
@@ -451,6 +458,8 @@ at::Tensor biased_gelu(const at::Tensor& x, const at::Tensor& bias) {
   });
   return y;
 }
+
+namespace {
 
 Tensors2 biased_gelu_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& bias) {
   const Gelu gelu(x, bias);

@@ -66,6 +66,10 @@ at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, co
                                 bool softplus);
 at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                           const std::string& finish);
+// LayerNorm alone where the gate is undefined.
+at::Tensor gated_layer_norm(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& weight,
+                            const at::Tensor& bias, double eps);
+at::Tensor biased_gelu(const at::Tensor& x, const at::Tensor& bias);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 
 }  // namespace mmspatialmamba

@@ -200,6 +200,19 @@ def test_block(shape, inner, rank, hidden, layout):
     assert relative_error(block(x, parameters), exact_block(x, parameters)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    'shape, inner, rank, hidden', [((2, 64, 9, 7), 128, 4, 256), ((1, 33, 4, 5), 70, 3, 50)], ids=str
+)
+@pytest.mark.parametrize('weights', [torch.float32, torch.bfloat16], ids=str)
+def test_block_in_bfloat16(shape, inner, rank, hidden, weights):
+    x = torch.randn(shape).bfloat16()
+    parameters = make_block(shape[1], inner, rank, hidden)
+    parameters = {name: p.to(weights) if isinstance(p, torch.Tensor) else p for name, p in parameters.items()}
+    out = block(x, parameters)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, exact_block(x, parameters)) < 3e-2
+
+
 def test_special_values_stay_where_they_are_used():
     x = torch.randn(2, 9, 11, 8)
     x[1, 4, 4, 3] = torch.nan

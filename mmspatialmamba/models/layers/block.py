@@ -79,8 +79,9 @@ class SpatialMambaBlock(nn.Module):
         return torch.addcmul(x, y, self.drop_path(x.new_ones(len(x), 1, 1, 1)))
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if inference.can_fuse(self, x, self._own_types):
-            return inference.block(self, x)
+        dtype = inference.dtype_of_block(self, x, self._own_types)
+        if dtype is not None:
+            return inference.block(self, x.to(dtype))
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
         x = self._add(x, self.mixer(x, self.ln1)).permute(0, 3, 1, 2)
         x = depthwise_conv(x, self.cpe2.weight, self.cpe2.bias, 'residual').permute(0, 2, 3, 1)

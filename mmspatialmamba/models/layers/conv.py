@@ -134,4 +134,4 @@ class Downsample(nn.Sequential):
         x, parameters = widen.conv(x), (depthwise.conv.weight, depthwise.conv.bias)
         if fuses_downsampling(x, *parameters):
             return narrow(downsampling_conv(x, *parameters))
-        return narrow(depthwise(widen.act(x)))
+        return narrow(depthwise(widen.act(x) if torch.is_grad_enabled() else x.relu_()))

@@ -2,7 +2,7 @@
 
 A layer is computed this way if it is as it was built: in evaluation mode, all its modules of their own types, without
 hooks, all its parameters in float32. Else, say with LoRA's modules within or with a hook that collects features, each
-module is called.
+module is called. On processors with instructions for bfloat16, blocks are computed so in that dtype too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops.backend import has_products
+from mmspatialmamba.ops.backend import fuses_elementwise, has_products
+
+from .precision import is_fast
 
 
 def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
@@ -30,13 +32,13 @@ def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
     return type(module) in own_types and not own_hooks and not nn.modules.module._has_any_global_hook()
 
 
-def _is_plain(module: nn.Module, own_types: tuple[type, ...]) -> bool:
-    """Whether a module is as it was built, see above."""
+def _is_plain(module: nn.Module, own_types: tuple[type, ...], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a module is as it was built, see above, with parameters of a dtype."""
     for m in module.modules():
         foldable = isinstance(m, _BatchNorm) and m.track_running_stats and m.affine
         if m.training or not is_untouched(m, (type(m),) if foldable else own_types):
             return False
-        if any(p is not None and p.dtype != torch.float32 for p in m._parameters.values()):
+        if any(p is not None and p.dtype != dtype for p in m._parameters.values()):
             return False
     return True
 
@@ -50,6 +52,24 @@ def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) ->
         own_types (tuple[type]): Types of the layer and of the modules within, but for BatchNorm.
     """
     return not torch.is_grad_enabled() and has_products(x) and _is_plain(module, own_types)
+
+
+def dtype_of_block(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> torch.dtype | None:
+    """The dtype of the input for :func:`block`, or None where a block is to call its modules.
+
+    Args:
+        module (nn.Module): The block.
+        x (Tensor): Its input.
+        own_types (tuple[type]): Types of the block and of the modules within.
+    """
+    if can_fuse(module, x, own_types):
+        return torch.float32
+    autocast, bfloat16 = torch.is_autocast_enabled('cpu'), torch.bfloat16
+    dtype = torch.get_autocast_dtype('cpu') if autocast else x.dtype
+    if dtype != bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    fits = x.numel() and is_fast(bfloat16) and fuses_elementwise(x)
+    return bfloat16 if fits and _is_plain(module, own_types, torch.float32 if autocast else bfloat16) else None
 
 
 def _without_autograd(function: Callable) -> Callable:

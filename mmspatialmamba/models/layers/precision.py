@@ -24,6 +24,15 @@ def _slow_dtypes() -> tuple[torch.dtype, ...]:
 _SLOW_DTYPES = _slow_dtypes() if torch.backends.mkldnn.is_available() else (torch.bfloat16, torch.float16)
 
 
+def is_fast(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products in a dtype, and PyTorch uses them.
+
+    Args:
+        dtype (torch.dtype): A floating point dtype.
+    """
+    return dtype not in _SLOW_DTYPES
+
+
 def in_fast_precision(function: Callable, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
     """Apply a product, in float32 where the processor has no instructions for its dtype.
 
@@ -38,7 +47,7 @@ def in_fast_precision(function: Callable, x: torch.Tensor, *parameters: torch.Te
     if x.device.type != 'cpu':
         return function(x, *parameters)
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    if dtype not in _SLOW_DTYPES:
+    if is_fast(dtype):
         return function(x, *parameters)
     with torch.autocast('cpu', enabled=False):
         promoted = (None if parameter is None else parameter.float() for parameter in parameters)
