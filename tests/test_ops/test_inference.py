@@ -213,6 +213,18 @@ def test_block_in_bfloat16(shape, inner, rank, hidden, weights):
     assert relative_error(out, exact_block(x, parameters)) < 3e-2
 
 
+@pytest.mark.parametrize('op', ['stem', 'block', 'downsample'])
+def test_opcheck(op):
+    x = torch.randn(2, 5, 7, 6)
+    arguments = {
+        'stem': (x, *make_stem(6, 4, 6, 16, 5)),
+        'block': (x.permute(0, 3, 1, 2), *make_block(6, 12, 2, 24).values()),
+        'downsample': (x, *make_downsample(6, 32, 4)),
+    }
+    tests = ('test_schema', 'test_faketensor')
+    torch.library.opcheck(getattr(torch.ops.mmspatialmamba_native, op).default, arguments[op], test_utils=tests)
+
+
 def test_special_values_stay_where_they_are_used():
     x = torch.randn(2, 9, 11, 8)
     x[1, 4, 4, 3] = torch.nan
