@@ -249,14 +249,15 @@ at::Tensor stem(const at::Tensor& x_, const at::Tensor& weight1, const at::Tenso
                 const at::Tensor& bias4, const at::Tensor& weight5, const at::Tensor& bias5) {
   const char* op = "stem";
   TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, height, width, channels), but has ", x_.sizes());
-  checked(op, "x", x_);
+  const at::Tensor image = x_.contiguous();
+  checked(op, "x", image);
   const Convolution first(op, x_.size(3), weight1, bias1, 2, Activation::kRelu);
   const Convolution second(op, first.out, weight2, bias2, 1, Activation::kRelu);
   const Convolution third(op, second.out, weight3, bias3, 1, Activation::kNone);
   const Convolution fourth(op, third.out, weight4, bias4, 2, Activation::kRelu);
   Product last(op, fourth.out, weight5, bias5);
   TORCH_CHECK(third.out == first.out, op, ": weight3 must have ", first.out, " output channels, but has ", third.out);
-  const at::Tensor x = first.apply(x_.contiguous());
+  const at::Tensor x = first.apply(image);
   return fourth.apply(third.apply(second.apply(x), x), {}, &last);
 }
 
@@ -273,6 +274,9 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
   const char* op = "block";
   TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, channels, height, width), but has ", x_.sizes());
   const int64_t inner = D.numel(), rank = dt_proj_weight.size(-1);
+  TORCH_CHECK(out_proj_weight.size(0) == x_.size(1) && fc2_weight.size(0) == x_.size(1) && fc2_bias.numel() == x_.size(1),
+              op, ": the last products must have ", x_.size(1), " output channels as x has, but out_proj_weight has shape ",
+              out_proj_weight.sizes(), ", fc2_weight ", fc2_weight.sizes(), ", fc2_bias ", fc2_bias.sizes());
   TORCH_CHECK(in_proj_weight.size(0) == 2 * inner && dt_proj_weight.size(0) == inner &&
                   x_proj_weight.size(0) == rank + 2 && A_log.numel() == inner && dt_bias.numel() == inner &&
                   alpha.numel() == 3 && k1.numel() == 9 * inner && k3.numel() == 9 * inner && k5.numel() == 9 * inner,
@@ -289,7 +293,10 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
     const auto halved = bias.defined() ? std::make_optional(bias.to(at::kBFloat16)) : std::nullopt;
     return at::linear(input, weight.to(at::kBFloat16), halved);
   };
-  at::Tensor x = pixels(depthwise_conv(x_, cpe1_weight, cpe1_bias, "residual")), y, gate;
+  // What PyTorch does here needs no graph either.
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor dense = x_.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor x = pixels(depthwise_conv(dense, cpe1_weight, cpe1_bias, "residual")), y, gate;
   {
     at::Tensor u;
     if (half) {

@@ -366,6 +366,10 @@ Tensors3 downsampling_conv_backward(const at::Tensor& grad_, const at::Tensor& y
   return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
 }
 
+void check_channels(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
+  TORCH_CHECK(t.sizes() == at::IntArrayRef({dim}), op, ": ", name, " must have shape (", dim, "), but has ", t.sizes());
+}
+
 Matrix matrix_of(const char* op, const char* name, const at::Tensor& t) {
   const Map map = map_of(op, name, t.dim() == 3 ? t : t.unsqueeze(0));
   return {map.data, map.type, t.stride(-2)};
@@ -379,6 +383,8 @@ struct Norm {
   Norm(const at::Tensor& x_, const at::Tensor& gate_, const at::Tensor& weight_, const at::Tensor& bias_, double eps)
       : x(as_matrix(x_)), gate(gate_.defined() ? as_matrix(gate_) : gate_), weight(padded(weight_)), bias(padded(bias_)) {
     const Matrix gates = gate.defined() ? matrix_of(kOp, "gate", gate) : Matrix{};
+    check_channels(kOp, "weight", weight_, x.size(1));
+    check_channels(kOp, "bias", bias_, x.size(1));
     args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), gates, weight.const_data_ptr<float>(),
             bias.const_data_ptr<float>(), static_cast<float>(eps)};
   }
@@ -441,6 +447,7 @@ struct Gelu {
   GeluArgs args;
 
   Gelu(const at::Tensor& x_, const at::Tensor& bias_) : x(as_matrix(x_)), bias(padded(bias_)) {
+    check_channels(kOp, "bias", bias_, x.size(1));
     args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), bias.const_data_ptr<float>()};
   }
 };

@@ -9,7 +9,6 @@ from torch import nn
 from mmspatialmamba import ops
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers import inference
-from mmspatialmamba.models.layers.precision import is_fast
 
 pytestmark = pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
 SMALL = dict(embed_dims=16, depths=(1, 2, 1, 1))
@@ -55,7 +54,8 @@ def test_outputs_are_those_of_the_modules(model, fused, size):
 
 
 @pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'weights'])
-def test_blocks_in_bfloat16(model, fused, autocast):
+def test_blocks_in_bfloat16(model, fused, monkeypatch, autocast):
+    monkeypatch.setattr(inference, 'is_fast', lambda dtype: True)
     image = torch.randn(2, 3, 64, 96)
     if not autocast:
         model, image = model.bfloat16(), image.bfloat16()
@@ -67,10 +67,37 @@ def test_blocks_in_bfloat16(model, fused, autocast):
         handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
         outputs.append(model(image))
         handle.remove()
-    assert fused == ['block'] * count and count == (5 if is_fast(torch.bfloat16) else 0)
+    assert fused == ['block'] * 5 and count == 5
     assert [o.dtype for o in outputs[0]] == [o.dtype for o in outputs[1]]
     assert all(output.isfinite().all() for output in outputs[0])
     assert relative_difference(*([o.float() for o in one] for one in outputs)) < 2e-2
+
+
+def test_dtype_under_autocast_is_that_of_the_modules(model, fused):
+    block, x = model.stages[0][0], torch.randn(1, 16, 5, 6)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = block(x)
+        with torch.no_grad():
+            out = block(x)
+    assert out.dtype == expected.dtype and torch.equal(out, expected) and fused == []
+
+
+def test_other_strides_are_kept(model, fused):
+    image = torch.randn(1, 3, 48, 32)
+    model.stem.conv1.conv.stride = model.downsamples[1][1].conv.stride = (1, 1)
+    expected = [output.detach() for output in model(image)]
+    assert [output.shape[2:] for output in expected] == [(24, 16), (12, 8), (12, 8), (6, 4)]
+    with torch.no_grad():
+        assert relative_difference(model(image), expected) < 1e-5
+    assert fused.count('stem') == 0 and fused.count('downsample') == 2
+
+
+def test_without_norms(fused):
+    model, image = SpatialMamba(SMALL, norm_cfg=None).eval(), torch.randn(1, 3, 32, 32)
+    expected = [output.detach() for output in model(image)]
+    with torch.no_grad():
+        assert relative_difference(model(image), expected) < 1e-5
+    assert fused.count('stem') == 1
 
 
 def test_hooks_within_a_layer_are_called(model, fused):

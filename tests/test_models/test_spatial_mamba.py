@@ -156,8 +156,10 @@ def test_drop_path_rate_grows_linearly():
 
 
 @pytest.mark.parametrize('amp', [False, True], ids=['float32', 'autocast'])
-def test_drop_path_adds_as_its_module_does(amp):
+def test_drop_path_adds_as_its_module_does(amp, monkeypatch):
     torch.manual_seed(0)
+    fused, addcmul = [], torch.addcmul
+    monkeypatch.setattr(torch, 'addcmul', lambda *args: fused.append(1) or addcmul(*args))
     block = SpatialMambaBlock(16, drop_path_rate=0.5).train()
     x, calls, results = torch.randn(8, 16, 6, 5), [], []
     for _ in range(2):
@@ -169,7 +171,7 @@ def test_drop_path_adds_as_its_module_does(amp):
         results.append([out, *(p.grad for p in block.parameters())])
         # A hook must see the features, so that the module is called on them.
         block.drop_path.register_forward_hook(lambda module, args, out: calls.append(out.shape))
-    assert calls == [(8, 6, 5, 16)] * 2
+    assert calls == [(8, 6, 5, 16)] * 2 and len(fused) == 2
     assert results[0][0].dtype == torch.float32
     for a, b in zip(*results):
         assert (a - b).abs().max() <= (2e-2 if amp else 1e-5) * b.abs().max()

@@ -213,16 +213,19 @@ def test_block_in_bfloat16(shape, inner, rank, hidden, weights):
     assert relative_error(out, exact_block(x, parameters)) < 3e-2
 
 
-@pytest.mark.parametrize('op', ['stem', 'block', 'downsample'])
+@pytest.mark.parametrize('op', ['stem', 'block', 'block of other layout', 'block in bfloat16', 'downsample'])
 def test_opcheck(op):
-    x = torch.randn(2, 5, 7, 6)
+    x, block_parameters = torch.randn(2, 5, 7, 6), make_block(6, 12, 2, 24).values()
     arguments = {
         'stem': (x, *make_stem(6, 4, 6, 16, 5)),
-        'block': (x.permute(0, 3, 1, 2), *make_block(6, 12, 2, 24).values()),
+        'block': (x.permute(0, 3, 1, 2), *block_parameters),
+        'block of other layout': (x.permute(0, 3, 1, 2).contiguous(), *block_parameters),
+        'block in bfloat16': (x.permute(0, 3, 1, 2).contiguous().bfloat16(), *block_parameters),
         'downsample': (x, *make_downsample(6, 32, 4)),
     }
     tests = ('test_schema', 'test_faketensor')
-    torch.library.opcheck(getattr(torch.ops.mmspatialmamba_native, op).default, arguments[op], test_utils=tests)
+    name = op.split()[0]
+    torch.library.opcheck(getattr(torch.ops.mmspatialmamba_native, name).default, arguments[op], test_utils=tests)
 
 
 def test_special_values_stay_where_they_are_used():
@@ -291,9 +294,10 @@ def test_shapes_that_do_not_fit_are_refused():
         ('k3', 0, 'block: the mixer.s parameters do not fit each other'),
         ('alpha', 0, 'block: the mixer.s parameters do not fit each other'),
         ('out_norm_bias', 0, r'block: a norm.s weight and bias must have shape \(12\), but one has \[11\]'),
-        ('out_proj_weight', 0, r'block: shapes do not fit: x'),
+        ('out_proj_weight', 0, 'block: the last products must have 6 output channels as x has, but out_proj_weight'),
         ('fc1_bias', 0, r'block: bias must have shape \(24\), but has \[23\]'),
-        ('fc2_weight', 0, r'block: bias must have shape \(5\), but has \[6\]'),
+        ('fc2_weight', 0, 'block: the last products must have 6 output channels as x has, but out_proj_weight'),
+        ('fc2_bias', 0, 'block: the last products must have 6 output channels as x has, but out_proj_weight'),
         ('fc2_weight', 1, r'block: weight must have shape \(out, 24\), but has \[6, 23\]'),
     ],
 )
@@ -302,6 +306,17 @@ def test_parameters_of_a_block_that_do_not_fit_are_refused(name, dim, message):
     parameters[name] = parameters[name].narrow(dim, 0, parameters[name].shape[dim] - 1)
     with pytest.raises(RuntimeError, match=message):
         block(torch.randn(2, 6, 3, 4), parameters)
+    # The messages are PyTorch's where the products are.
+    with pytest.raises(RuntimeError):
+        block(torch.randn(2, 6, 3, 4).bfloat16(), parameters)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_have_no_gradients(dtype):
+    parameters = {name: p.requires_grad_() if torch.is_tensor(p) else p for name, p in make_block(6, 12, 2, 24).items()}
+    with torch.enable_grad(), pytest.warns(UserWarning, match='autograd kernel was not registered'):
+        block(torch.randn(2, 6, 3, 4, dtype=dtype), parameters).sum().backward()
+    assert all(p.grad is None for p in parameters.values() if torch.is_tensor(p))
 
 
 @pytest.mark.slow

@@ -161,7 +161,10 @@ def main() -> None:
     for series in SERIES:
         figures = measure_series(args, series)
         record['series'][series] = figures
-        if len(figures) > 1:
+        still = [f'{size}x{size}' for size, one in figures.items() if one['rise_mib'] <= 0]
+        if still:
+            print(f'{series}: memory did not rise at {", ".join(still)}, so no line is fitted: use larger sizes')
+        elif len(figures) > 1:
             record['fits'][series] = fit(figures)
     names = list(SERIES)
     rows = [['image', *(f'{name}, MiB' for name in names)]]

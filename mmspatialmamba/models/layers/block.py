@@ -76,12 +76,11 @@ class SpatialMambaBlock(nn.Module):
         scales = self.training and hasattr(self.drop_path, 'drop_prob') and x.dtype.itemsize >= 4
         if not scales or not inference.is_untouched(self.drop_path, self._own_types):
             return x + self.drop_path(y)
-        return torch.addcmul(x, y, self.drop_path(x.new_ones(len(x), 1, 1, 1)))
+        return torch.addcmul(x, y, self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)))
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = inference.dtype_of_block(self, x, self._own_types)
-        if dtype is not None:
-            return inference.block(self, x.to(dtype))
+        if inference.can_fuse(self, x, self._own_types) or inference.can_fuse_block(self, x, self._own_types):
+            return inference.block(self, x)
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
         x = self._add(x, self.mixer(x, self.ln1)).permute(0, 3, 1, 2)
         x = depthwise_conv(x, self.cpe2.weight, self.cpe2.bias, 'residual').permute(0, 2, 3, 1)

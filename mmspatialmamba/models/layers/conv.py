@@ -92,7 +92,9 @@ class Stem(nn.Module):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if inference.can_fuse(self, x, (Stem, *_OWN_TYPES)):
-            return inference.stem(self, x)
+            convs = (layer.conv for layer in (self.conv1, *self.conv2, self.conv3[0]))
+            if inference.has_geometry(convs, (2, 1, 1, 2)):
+                return inference.stem(self, x)
         x = self.conv1(x)
         return self.conv3(x + self.conv2(x))
 
@@ -122,7 +124,7 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to (batch, 2 * channels, ceil(height / 2), ceil(width / 2))."""
-        if inference.can_fuse(self, x, (Downsample, *_OWN_TYPES)):
+        if inference.can_fuse(self, x, (Downsample, *_OWN_TYPES)) and inference.has_geometry([self[1].conv], (2,)):
             return inference.downsample(self, x)
         return recompute(self, self._forward, x) if self.with_cp else self._forward(x)
 
@@ -132,6 +134,6 @@ class Downsample(nn.Sequential):
         if not all(inference.is_untouched(module, _OWN_TYPES) for module in left_out):
             return super().forward(x)
         x, parameters = widen.conv(x), (depthwise.conv.weight, depthwise.conv.bias)
-        if fuses_downsampling(x, *parameters):
+        if fuses_downsampling(x, *parameters) and inference.has_geometry([depthwise.conv], (2,)):
             return narrow(downsampling_conv(x, *parameters))
-        return narrow(depthwise(widen.act(x) if torch.is_grad_enabled() else x.relu_()))
+        return narrow(depthwise(widen.act(x)))

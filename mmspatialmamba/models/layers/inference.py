@@ -2,12 +2,12 @@
 
 A layer is computed this way if it is as it was built: in evaluation mode, all its modules of their own types, without
 hooks, all its parameters in float32. Else, say with LoRA's modules within or with a hook that collects features, each
-module is called. On processors with instructions for bfloat16, blocks are computed so in that dtype too.
+module is called. Where products in bfloat16 are fast, blocks are computed so in that dtype too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 
 import torch
@@ -54,22 +54,35 @@ def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) ->
     return not torch.is_grad_enabled() and has_products(x) and _is_plain(module, own_types)
 
 
-def dtype_of_block(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> torch.dtype | None:
-    """The dtype of the input for :func:`block`, or None where a block is to call its modules.
+def has_geometry(convs: Iterable[nn.Conv2d], strides: tuple[int, ...]) -> bool:
+    """Whether 3x3 convolutions have these strides, a padding of 1 and no dilation, as the ops take them to have.
+
+    Args:
+        convs (Iterable[nn.Conv2d]): The convolutions.
+        strides (tuple[int]): Their strides.
+    """
+    return all(
+        (conv.stride, conv.padding, conv.dilation) == ((stride, stride), (1, 1), (1, 1))
+        for conv, stride in zip(convs, strides)
+    )
+
+
+def can_fuse_block(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> bool:
+    """Whether to compute a block by :func:`block` in bfloat16: under autocast, or with such weights.
 
     Args:
         module (nn.Module): The block.
         x (Tensor): Its input.
         own_types (tuple[type]): Types of the block and of the modules within.
     """
-    if can_fuse(module, x, own_types):
-        return torch.float32
-    autocast, bfloat16 = torch.is_autocast_enabled('cpu'), torch.bfloat16
-    dtype = torch.get_autocast_dtype('cpu') if autocast else x.dtype
-    if dtype != bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    fits = x.numel() and is_fast(bfloat16) and fuses_elementwise(x)
-    return bfloat16 if fits and _is_plain(module, own_types, torch.float32 if autocast else bfloat16) else None
+    if x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        return False
+    autocast = torch.is_autocast_enabled('cpu')
+    if (autocast and torch.get_autocast_dtype('cpu') != x.dtype) or not (x.numel() and is_fast(x.dtype)):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not fuses_elementwise(x):
+        return False
+    return _is_plain(module, own_types, torch.float32 if autocast else x.dtype)
 
 
 def _without_autograd(function: Callable) -> Callable:
@@ -83,11 +96,11 @@ def _without_autograd(function: Callable) -> Callable:
     return run
 
 
-def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work."""
     weight, bias = layer.conv.weight, layer.conv.bias
     if not hasattr(layer, 'norm'):
-        return weight, bias
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias
     norm = layer.norm
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     mean = norm.running_mean if bias is None else norm.running_mean - bias
