@@ -10,6 +10,8 @@ import platform
 import runpy
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,12 +24,14 @@ PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
-CPU_OPS = ['csrc/cpu/inference_ops.cpp', 'csrc/cpu/linear_ops.cpp', 'csrc/cpu/ops.cpp']
+CPU_OPS = [f'csrc/cpu/{name}.cpp' for name in ('inference_ops', 'instruction_set', 'linear_ops', 'ops')]
 CPU_KERNELS = sorted({f'csrc/cpu/{path.name}' for path in ROOT.glob('csrc/cpu/*.cpp')} - set(CPU_OPS))
+AVX512 = ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma']
 INSTRUCTION_SETS = {
     'baseline': [],
     'avx2': ['-mavx2', '-mfma'],
-    'avx512': ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma'],
+    'avx512': AVX512,
+    'avx512_bf16': [*AVX512, '-mavx512bf16', '-mamx-tile', '-mamx-bf16'],
 }
 
 
@@ -138,11 +142,12 @@ def wants_cuda() -> bool:
     return CUDA_HOME is not None and torch.version.cuda is not None
 
 
-def native_extension(with_cuda: bool) -> Extension:
+def native_extension(with_cuda: bool, instruction_sets: Iterable[str] = ()) -> Extension:
     """Describe the library of compiled ops, but for the CPU kernels, which are compiled once per instruction set.
 
     Args:
         with_cuda (bool): Whether it has CUDA kernels.
+        instruction_sets (Iterable[str]): What the CPU kernels are compiled for. Defaults to (), before that is known.
 
     Returns:
         Extension: For ``BuildExtension``.
@@ -161,18 +166,11 @@ def native_extension(with_cuda: bool) -> Extension:
         include_dirs=[*include_paths(device), *(wheels if with_cuda else [])],
         library_dirs=library_paths(device),
         libraries=libraries,
-        define_macros=[(f'WITH_{name.upper()}', None) for name in instruction_sets() if name != 'baseline'],
+        define_macros=[(f'WITH_{name.upper()}', None) for name in instruction_sets if name != 'baseline'],
         # Compiled for OpenMP, but not linked to a runtime of its own: the one that torch loaded has the threads.
         extra_compile_args={'cxx': ['-O2', '-g0', '-fopenmp'], 'nvcc': ['-O3']},
         language='c++',
     )
-
-
-def instruction_sets() -> dict[str, list[str]]:
-    """The instruction sets to compile the CPU kernels for, with the compiler's options for each."""
-    if platform.machine().lower() in ('x86_64', 'amd64'):
-        return INSTRUCTION_SETS
-    return {'baseline': []}
 
 
 if WITH_OPS != '0':
@@ -187,14 +185,15 @@ if WITH_OPS != '0':
             os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHITECTURES)
             (extension,) = self.extensions
             attempts = [True] if FORCE_CUDA else [True, False] if wants_cuda() else [False]
-            objects = []
+            instruction_sets, objects = {}, []
             for with_cuda in attempts:
                 what = 'the ops for CPU and CUDA' if with_cuda else 'the ops for the CPU'
                 say(f'compiling {what}')
-                vars(extension).update(vars(native_extension(with_cuda)))
                 try:
                     # Once, and first: what follows changes how the compiler is called.
-                    objects = objects or self.compile_cpu_kernels()
+                    instruction_sets = instruction_sets or self.instruction_sets()
+                    objects = objects or self.compile_cpu_kernels(instruction_sets)
+                    vars(extension).update(vars(native_extension(with_cuda, instruction_sets)))
                     extension.extra_objects = objects
                     super().build_extensions()
                     return
@@ -206,8 +205,28 @@ if WITH_OPS != '0':
                     say(f'{what} could not be compiled ({" ".join(str(error).split())[-300:]}): {consequence}')
             self.extensions.clear()
 
-        def compile_cpu_kernels(self):
+        def instruction_sets(self):
+            """The instruction sets to compile the CPU kernels for, with the compiler's options for each."""
+            if platform.machine().lower() not in ('x86_64', 'amd64'):
+                return {'baseline': []}
+            known = dict(INSTRUCTION_SETS)
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder, 'empty.cpp')
+                source.write_text('#include <immintrin.h>\nvoid run() { _tile_release(); }\n', encoding='utf-8')
+                try:
+                    self.compiler.compile(
+                        [str(source)], output_dir=folder, extra_postargs=INSTRUCTION_SETS['avx512_bf16']
+                    )
+                except errors.CompileError:
+                    say('the compiler knows no AMX (GCC 11 and Clang 12 do): products in bfloat16 will not use it')
+                    del known['avx512_bf16']
+            return known
+
+        def compile_cpu_kernels(self, instruction_sets):
             """Compile the CPU kernels once for each instruction set.
+
+            Args:
+                instruction_sets (dict): The compiler's options for each.
 
             Returns:
                 list[str]: The object files.
@@ -219,12 +238,12 @@ if WITH_OPS != '0':
                     output_dir=str(Path(self.build_temp, name)),
                     macros=[('ISA', name)],
                     depends=[str(path) for path in ROOT.glob('csrc/cpu/*.h')],
-                    extra_postargs=['-std=c++17', '-O3', '-g0', '-Wno-uninitialized', *instruction_sets()[name]],
+                    extra_postargs=['-std=c++17', '-O3', '-g0', '-Wno-uninitialized', *instruction_sets[name]],
                 )
 
             jobs = int(os.environ.get('MAX_JOBS') or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs) as pool:
-                return [path for paths in pool.map(compile_for, instruction_sets()) for path in paths]
+                return [path for paths in pool.map(compile_for, instruction_sets) for path in paths]
 
 
 class EditableWheel(editable_wheel):

@@ -1,5 +1,4 @@
-#include "kernels.h"
-#include "vec.h"
+#include "bfloat16.h"
 
 namespace mmspatialmamba {
 namespace ISA {
@@ -59,9 +58,8 @@ ALWAYS_INLINE void square_backward(const DownsamplingArgs& args, const float* x,
   }
 }
 
-}  // namespace
-
-void downsampling_conv(const DownsamplingArgs& args, const float* const* rows, float* y) {
+template <class T>
+ALWAYS_INLINE void convolve(const DownsamplingArgs& args, const T* const* rows, T* y) {
   const int64_t width = args.width, pixel = args.x_pixel;
   for (int64_t x = 0; 2 * x < width; ++x, y += args.y_pixel) {
     const int first = x == 0 ? 1 : 0, last = 2 * x + 1 < width ? 3 : 2;
@@ -70,7 +68,7 @@ void downsampling_conv(const DownsamplingArgs& args, const float* const* rows, f
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
         if (!rows[i]) continue;
-        const float* source = rows[i] + (2 * x - 1) * pixel + c;
+        const T* source = rows[i] + (2 * x - 1) * pixel + c;
 #pragma GCC unroll 3
         for (int j = from; j < to; ++j) {
           total += load(args.weights + (3 * i + j) * args.tap + c) * positive(load(source + j * pixel));
@@ -84,6 +82,14 @@ void downsampling_conv(const DownsamplingArgs& args, const float* const* rows, f
       for (int64_t c = 0; c < args.dim; c += kLanes) sum(c, first, last);
     }
   }
+}
+
+}  // namespace
+
+void downsampling_conv(const DownsamplingArgs& args, const float* const* rows, float* y) { convolve(args, rows, y); }
+
+void downsampling_conv_bfloat16(const DownsamplingArgs& args, const BFloat16* const* rows, BFloat16* y) {
+  convolve(args, rows, y);
 }
 
 void downsampling_conv_backward(const DownsamplingArgs& args, const float* x, int64_t x_row, const float* y,

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <vector>
 
 #include "products.h"
 
@@ -10,88 +11,108 @@ namespace mmspatialmamba {
 
 namespace {
 
+// glibc gives freed memory back to the system where it is more than twice the largest piece, of at most 32 MB, that was
+// ever freed; to get it again takes longer than to use it. So a piece as large as all that a layer holds is freed first.
+void keep_memory(int64_t elements, const at::Tensor& like) {
+  constexpr int64_t kMost = (1 << 25) - (1 << 16);
+  at::empty({std::min(elements, kMost / static_cast<int64_t>(like.element_size()))}, like.options());
+}
+
+// linear(x, weight).
+template <class T>
+at::Tensor product_of(const char* op, const at::Tensor& x_, const at::Tensor& weight) {
+  const at::Tensor x = checked<T>(op, "x", x_);
+  Product<T> product(op, x.size(1), weight);
+  const at::Tensor out = with_channels(x_, product.out);
+  product.apply(x, out.view({x.size(0), product.out}));
+  return out;
+}
+
 // linear(norm(x), weight).
+template <class T>
 at::Tensor norm_linear(const char* op, const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
                        double eps, const at::Tensor& weight) {
-  const at::Tensor x = checked(op, "x", x_);
+  const at::Tensor x = checked<T>(op, "x", x_);
   const RowNorm norm(op, x.size(1), norm_weight, norm_bias, eps);
-  Product product(op, norm.dim, weight);
+  Product<T> product(op, norm.dim, weight);
   const at::Tensor out = with_channels(x_, product.out), y = out.view({x.size(0), product.out});
   if (product.outweighs(x.size(0))) {
-    product.apply(norm.apply(x), y);
+    product.apply(norm.apply<T>(x), y);
     return out;
   }
   product.pack_all();
-  float* target = out.mutable_data_ptr<float>();
-  const int64_t row = spaced(norm.dim);
-  over_rows(x.size(0), row, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
-    float* normed = memory + norm.scratch();
-    norm.run(data(x, first), row_of(x), nullptr, 0, rows, normed, row, memory);
+  T* target = mutable_data<T>(out);
+  const int64_t row = spaced<T>(norm.dim);
+  over_rows<T>(x.size(0), row, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
+    T* normed = in_scratch<T>(memory + norm.scratch());
+    norm.run<T>(data<T>(x, first), row_of(x), nullptr, 0, rows, normed, row, memory);
     product.run(normed, row, rows, target + first * product.out, product.out);
   });
   return out;
 }
 
 // x + linear(out_norm(y) * silu(linear(norm(x), gate_weight)), weight).
+template <class T>
 at::Tensor gated_output(const char* op, const at::Tensor& y_, const at::Tensor& x_, const at::Tensor& norm_weight,
                         const at::Tensor& norm_bias, double eps, const at::Tensor& gate_weight,
                         const at::Tensor& out_norm_weight, const at::Tensor& out_norm_bias, double out_eps,
                         const at::Tensor& weight) {
-  const at::Tensor y = checked(op, "y", y_), x = checked(op, "x", x_);
+  const at::Tensor y = checked<T>(op, "y", y_), x = checked<T>(op, "x", x_);
   const RowNorm norm(op, x.size(1), norm_weight, norm_bias, eps);
   const RowNorm out_norm(op, y.size(1), out_norm_weight, out_norm_bias, out_eps);
-  Product gate(op, norm.dim, gate_weight), product(op, gate.out, weight);
+  Product<T> gate(op, norm.dim, gate_weight), product(op, gate.out, weight);
   TORCH_CHECK(y.size(0) == x.size(0) && out_norm.dim == gate.out && product.out == x.size(1), op, ": shapes do not fit: x ",
               x_.sizes(), ", y ", y_.sizes(), ", gate_weight ", gate_weight.sizes(), ", weight ", weight.sizes());
   const at::Tensor out = with_channels(x_, product.out);
   if (product.outweighs(x.size(0))) {
-    const at::Tensor gates = spaced_matrix(x.size(0), gate.out, x);
-    gate.apply(norm.apply(x), gates);
-    product.apply(out_norm.apply(y, gates), out.view({x.size(0), product.out}), x);
+    const at::Tensor gates = spaced_matrix<T>(x.size(0), gate.out, x);
+    gate.apply(norm.apply<T>(x), gates);
+    product.apply(out_norm.apply<T>(y, gates), out.view({x.size(0), product.out}), x);
     return out;
   }
   gate.pack_all();
   product.pack_all();
-  float* target = out.mutable_data_ptr<float>();
+  T* target = mutable_data<T>(out);
   const int64_t more = std::max(norm.scratch(), out_norm.scratch());
-  const int64_t row = spaced(norm.dim), inner = spaced(gate.out);
-  over_rows(x.size(0), row + 2 * inner, more, [&](int64_t first, int64_t rows, float* memory) {
-    float* normed = memory + more;
-    float* gates = normed + rows * row;
-    float* gated = gates + rows * inner;
-    const float* residual = data(x, first);
-    norm.run(residual, row_of(x), nullptr, 0, rows, normed, row, memory);
+  const int64_t row = spaced<T>(norm.dim), inner = spaced<T>(gate.out);
+  over_rows<T>(x.size(0), row + 2 * inner, more, [&](int64_t first, int64_t rows, float* memory) {
+    T* normed = in_scratch<T>(memory + more);
+    T* gates = normed + rows * row;
+    T* gated = gates + rows * inner;
+    const T* residual = data<T>(x, first);
+    norm.run<T>(residual, row_of(x), nullptr, 0, rows, normed, row, memory);
     gate.run(normed, row, rows, gates, inner);
-    out_norm.run(data(y, first), row_of(y), gates, inner, rows, gated, inner, memory);
+    out_norm.run<T>(data<T>(y, first), row_of(y), gates, inner, rows, gated, inner, memory);
     product.run(gated, inner, rows, target + first * product.out, product.out, residual, row_of(x));
   });
   return out;
 }
 
 // x + linear(gelu(linear(norm(x), weight1, bias1)), weight2, bias2).
+template <class T>
 at::Tensor norm_mlp(const char* op, const at::Tensor& x_, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
                     double eps, const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
                     const at::Tensor& bias2) {
-  const at::Tensor x = checked(op, "x", x_);
+  const at::Tensor x = checked<T>(op, "x", x_);
   const RowNorm norm(op, x.size(1), norm_weight, norm_bias, eps);
-  Product widen(op, norm.dim, weight1, bias1, Activation::kGelu), narrow(op, widen.out, weight2, bias2);
+  Product<T> widen(op, norm.dim, weight1, bias1, Activation::kGelu), narrow(op, widen.out, weight2, bias2);
   TORCH_CHECK(narrow.out == x.size(1), op, ": the last weight must have ", x.size(1), " rows, but has ", narrow.out);
   const at::Tensor out = with_channels(x_, narrow.out);
   if (widen.outweighs(x.size(0))) {
-    const at::Tensor hidden = spaced_matrix(x.size(0), widen.out, x);
-    widen.apply(norm.apply(x), hidden);
+    const at::Tensor hidden = spaced_matrix<T>(x.size(0), widen.out, x);
+    widen.apply(norm.apply<T>(x), hidden);
     narrow.apply(hidden, out.view({x.size(0), narrow.out}), x);
     return out;
   }
   widen.pack_all();
   narrow.pack_all();
-  float* target = out.mutable_data_ptr<float>();
-  const int64_t row = spaced(norm.dim), wide = spaced(widen.out);
-  over_rows(x.size(0), row + wide, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
-    float* normed = memory + norm.scratch();
-    float* hidden = normed + rows * row;
-    const float* residual = data(x, first);
-    norm.run(residual, row_of(x), nullptr, 0, rows, normed, row, memory);
+  T* target = mutable_data<T>(out);
+  const int64_t row = spaced<T>(norm.dim), wide = spaced<T>(widen.out);
+  over_rows<T>(x.size(0), row + wide, norm.scratch(), [&](int64_t first, int64_t rows, float* memory) {
+    T* normed = in_scratch<T>(memory + norm.scratch());
+    T* hidden = normed + rows * row;
+    const T* residual = data<T>(x, first);
+    norm.run<T>(residual, row_of(x), nullptr, 0, rows, normed, row, memory);
     widen.run(normed, row, rows, hidden, wide);
     narrow.run(hidden, wide, rows, target + first * narrow.out, narrow.out, residual, row_of(x));
   });
@@ -100,18 +121,19 @@ at::Tensor norm_mlp(const char* op, const at::Tensor& x_, const at::Tensor& norm
 
 // Tasks compute some hidden channels of some output rows: rows of the input enter the hidden width in the caches, and
 // only what the depthwise convolution leaves of them goes to memory.
+template <class T>
 at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1,
                       const at::Tensor& weight2, const at::Tensor& bias2, const at::Tensor& weight3,
                       const at::Tensor& bias3) {
-  constexpr int64_t kMap = 1 << 16;     // about so many elements of the wide map are in the caches at a time
-  constexpr int64_t kHidden = 1 << 22;  // so many of what the convolution leaves are in memory
-  constexpr int64_t kPixels = 64;       // fewest output pixels at a time, where a task has them
-  constexpr int64_t kBand = 8;          // fewest output rows of a task, where there are so many
+  constexpr int64_t kMap = (1 << 18) / sizeof(T);  // about so many elements of the wide map are in the caches at a time
+  constexpr int64_t kHidden = 1 << 22;             // so many of what the convolution leaves are in memory
+  constexpr int64_t kPixels = 64;                  // fewest output pixels at a time, where a task has them
+  constexpr int64_t kBand = 8;                     // fewest output rows of a task, where there are so many
   const char* op = "downsample";
   TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, height, width, channels), but has ", x_.sizes());
-  const at::Tensor x = checked(op, "x", x_);
+  const at::Tensor x = checked<T>(op, "x", x_);
   const int64_t batch = x_.size(0), height = x_.size(1), width = x_.size(2), in = x_.size(3);
-  Product narrow(op, weight1.size(0), weight3, bias3);
+  Product<T> narrow(op, weight1.size(0), weight3, bias3);
   const int64_t hidden = narrow.in, out = narrow.out;
   const int64_t out_height = at::divup(height, 2), out_width = at::divup(width, 2);
   TORCH_CHECK(weight2.numel() == 9 * hidden && bias2.numel() == hidden, op, ": the depthwise convolution must have ",
@@ -120,25 +142,27 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
   if (result.numel() == 0) return result;
 
   const int64_t group = std::clamp<int64_t>(kMap / (3 * width) / 32, 1, 4) * 32, groups = at::divup(hidden, group);
-  const int64_t step = at::divup(kPixels, out_width), row = spaced(group), line = width * row;
+  const int64_t step = at::divup(kPixels, out_width), row = spaced<T>(group), line = width * row;
   const int64_t share = at::divup(batch * out_height * groups, 4 * at::get_num_threads());
   const int64_t band = std::clamp<int64_t>(kHidden / (out_width * hidden), 1, std::max(share, kBand));
   const int64_t bands = at::divup(out_height, band);
   const int64_t held = std::clamp<int64_t>(kHidden / (band * out_width * hidden), 1, batch * bands);
   const at::Tensor rows_of_taps = floats(weight2).view({hidden, 9}).t();
   const at::Tensor taps = at::constant_pad_nd(rows_of_taps, {0, vectors(hidden) - hidden}).contiguous();
-  const at::Tensor bias = padded(bias2), pixels = spaced_matrix(held * band * out_width, hidden, x);
+  keep_memory(held * band * out_width * hidden + result.numel() + 4 * weight3.numel(), x);
+  const at::Tensor bias = padded(bias2), pixels = spaced_matrix<T>(held * band * out_width, hidden, x);
   const at::Tensor flat = result.view({-1, out});
-  const Product widen(op, in, weight1, bias1);
-  float* kept = pixels.mutable_data_ptr<float>();
+  const Product<T> widen(op, in, weight1, bias1);
+  T* kept = mutable_data<T>(pixels);
   const auto first_row = [&](int64_t i) { return i / bands * out_height + std::min(i % bands * band, out_height); };
   for (int64_t start = 0; start < batch * bands; start += held) {
     const int64_t stop = std::min(start + held, batch * bands), origin = first_row(start);
-    parallel_tasks((stop - start) * groups, (2 * step + 1) * line + group * in, [&](int64_t task, float* rows) {
+    const int64_t held_rows = (2 * step + 1) * line;
+    parallel_tasks((stop - start) * groups, floats_for<T>(held_rows + group * widen.depth()), [&](int64_t task, float* memory) {
       const int64_t part = start + task / groups, image = part / bands, begin = part % bands * band;
       const int64_t end = std::min(begin + band, out_height), first = task % groups * group;
       const int64_t channels = std::min(group, hidden - first);
-      float* packed = rows + (2 * step + 1) * line;
+      T *rows = in_scratch<T>(memory), *packed = rows + held_rows;
       widen.pack_part(first, channels, packed);
       const DownsamplingArgs conv{width, vectors(channels), vectors(hidden), data(taps, 0, first), data(bias, first),
                                   row, row_of(pixels)};
@@ -146,19 +170,24 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
       int64_t done = std::max<int64_t>(2 * begin - 1, 0);
       for (int64_t r = begin; r < end; r += step) {
         const int64_t next = std::min(r + step, end), last = std::min(2 * next, height), above = 2 * r - 1;
-        if (r > begin) std::memcpy(rows, rows + 2 * step * line, line * sizeof(float));
-        const float* source = data(x, (image * height + done) * width);
-        kernels().linear({(last - done) * width, in, channels, packed, data(widen.bias, first), Activation::kNone, source,
-                          row_of(x), nullptr, 0, rows + (done - above) * line, row});
+        if (r > begin) std::memcpy(rows, rows + 2 * step * line, line * sizeof(T));
+        const T* source = data<T>(x, (image * height + done) * width);
+        Product<T>::multiply({(last - done) * width, in, channels, {{source, packed}}, 1, row_of(x), data(widen.bias, first),
+                              Activation::kNone, nullptr, 0, rows + (done - above) * line, row});
         done = last;
         for (int64_t q = r; q < next; ++q) {
-          const float* sources[3];
+          const T* sources[3];
           for (int64_t i = 0; i < 3; ++i) {
             const int64_t at = 2 * q + i - 1;
             sources[i] = at < 0 || at >= height ? nullptr : rows + (at - above) * line;
           }
           const int64_t target = (image * out_height + q - origin) * out_width;
-          kernels().downsampling_conv(conv, sources, kept + target * row_of(pixels) + first);
+          T* y = kept + target * row_of(pixels) + first;
+          if constexpr (kIsFloat<T>) {
+            kernels().downsampling_conv(conv, sources, y);
+          } else {
+            kernels().downsampling_conv_bfloat16(conv, sources, y);
+          }
         }
       }
     });
@@ -170,10 +199,12 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
 
 // A convolution of 3x3, padded by 1, as products: rows of the input, where three pixels side by side are a product's
 // input channels, meet the three rows of the kernel.
+template <class T>
 struct Convolution {
   static constexpr int64_t kBand = 8;  // most output rows of a task
   const char* op;
-  at::Tensor bias, packed[3];
+  at::Tensor bias;
+  std::vector<Product<T>> rows_of_kernel;
   int64_t in, out, stride;
   Activation activation;
 
@@ -185,41 +216,37 @@ struct Convolution {
                 ": a convolution's weight and bias must have shapes (out, ", in, ", 3, 3) and (out), but have ",
                 weight.sizes(), " and ", bias_.sizes());
     for (int64_t i = 0; i < 3; ++i) {
-      const Product product(op, 3 * in, weight.select(2, i).transpose(1, 2).reshape({out, 3 * in}));
-      packed[i] = at::empty({whole(out, kWidestPanel), 3 * in}, bias.options());
-      product.pack_part(0, out, packed[i].mutable_data_ptr<float>());
+      rows_of_kernel.emplace_back(op, 3 * in, weight.select(2, i).transpose(1, 2).reshape({out, 3 * in}));
+      rows_of_kernel.back().pack_all();
     }
   }
 
   // Some pixels of an output row; the rows of the input, null where there is none, start a pixel to the left.
-  void run(const float* const* rows, int64_t pixels, const float* residual, float* y, int64_t y_row) const {
-    const int order[] = {1, 0, 2}, last = rows[2] ? 2 : rows[0] ? 1 : 0;
-    for (int k = 0; k <= last; ++k) {
-      const int i = order[k];
-      if (!rows[i]) continue;
-      const bool first = k == 0;
-      kernels().linear({pixels, 3 * in, out, data(packed[i]), first ? data(bias) : nullptr,
-                        k == last ? activation : Activation::kNone, rows[i], stride * in, first ? residual : y,
-                        first ? out : y_row, y, y_row});
+  void run(const T* const* rows, int64_t pixels, const T* residual, T* y, int64_t y_row) const {
+    LinearArgs<T> args{pixels, 3 * in, out, {}, 0, stride * in, data(bias), activation, residual, out, y, y_row};
+    for (int i : {0, 1, 2}) {
+      if (rows[i]) args.factors[args.count++] = {rows[i], data<T>(rows_of_kernel[i].packed)};
     }
+    Product<T>::multiply(args);
   }
 
   // Of x, (batch, height, width, in). The residual has the output's shape. A product may follow.
-  at::Tensor apply(const at::Tensor& x, const at::Tensor& residual = {}, Product* then = nullptr) const {
+  at::Tensor apply(const at::Tensor& x, const at::Tensor& residual = {}, Product<T>* then = nullptr) const {
     const int64_t batch = x.size(0), height = x.size(1), width = x.size(2);
     const int64_t out_height = at::divup(height, stride), out_width = at::divup(width, stride);
     const at::Tensor result = at::empty({batch, out_height, out_width, then ? then->out : out}, x.options());
     if (then) then->pack_all();
-    const float *source = x.const_data_ptr<float>(), *added = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
-    float* target = result.mutable_data_ptr<float>();
+    const T *source = data<T>(x), *added = data<T>(residual);
+    T* target = mutable_data<T>(result);
     const int64_t band = std::clamp<int64_t>(at::divup(batch * out_height, 8 * at::get_num_threads()), 2, kBand);
-    const int64_t bands = at::divup(out_height, band), line = (width + 2) * in, wide = spaced(out);
-    parallel_tasks(batch * bands, 3 * line + (then ? kMostRows * wide : 0), [&](int64_t task, float* memory) {
+    const int64_t bands = at::divup(out_height, band), line = (width + 2) * in, wide = spaced<T>(out);
+    parallel_tasks(batch * bands, floats_for<T>(3 * line + (then ? kMostRows * wide : 0)), [&](int64_t task, float* scratch) {
+      T* memory = in_scratch<T>(scratch);
       const int64_t image = task / bands, begin = task % bands * band, end = std::min(begin + band, out_height);
       const auto row = [&](int64_t r) { return memory + (r + 3) % 3 * line; };
       for (int64_t r = 0; r < 3; ++r) {
-        std::fill_n(row(r), in, 0.f);
-        std::fill_n(row(r) + line - in, in, 0.f);
+        std::fill_n(row(r), in, T{});
+        std::fill_n(row(r) + line - in, in, T{});
       }
       int64_t entered = std::max<int64_t>(begin * stride - 1, 0);
       for (int64_t q = begin; q < end; ++q) {
@@ -228,13 +255,13 @@ struct Convolution {
           std::copy_n(source + (image * height + entered) * width * in, width * in, row(entered) + in);
         }
         for (int64_t p = 0; p < out_width; p += kMostRows) {
-          const float* rows[3];
+          const T* rows[3];
           for (int64_t i = 0; i < 3; ++i) {
             const int64_t r = centre + i - 1;
             rows[i] = r < 0 || r >= height ? nullptr : row(r) + p * stride * in;
           }
           const int64_t pixels = std::min(kMostRows, out_width - p), at = (image * out_height + q) * out_width + p;
-          float* y = then ? memory + 3 * line : target + at * out;
+          T* y = then ? memory + 3 * line : target + at * out;
           run(rows, pixels, added ? added + at * out : nullptr, y, then ? wide : out);
           if (then) then->run(y, wide, pixels, target + at * then->out, then->out);
         }
@@ -244,23 +271,26 @@ struct Convolution {
   }
 };
 
+template <class T>
 at::Tensor stem(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
                 const at::Tensor& bias2, const at::Tensor& weight3, const at::Tensor& bias3, const at::Tensor& weight4,
                 const at::Tensor& bias4, const at::Tensor& weight5, const at::Tensor& bias5) {
   const char* op = "stem";
   TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, height, width, channels), but has ", x_.sizes());
   const at::Tensor image = x_.contiguous();
-  checked(op, "x", image);
-  const Convolution first(op, x_.size(3), weight1, bias1, 2, Activation::kRelu);
-  const Convolution second(op, first.out, weight2, bias2, 1, Activation::kRelu);
-  const Convolution third(op, second.out, weight3, bias3, 1, Activation::kNone);
-  const Convolution fourth(op, third.out, weight4, bias4, 2, Activation::kRelu);
-  Product last(op, fourth.out, weight5, bias5);
+  checked<T>(op, "x", image);
+  const Convolution<T> first(op, x_.size(3), weight1, bias1, 2, Activation::kRelu);
+  const Convolution<T> second(op, first.out, weight2, bias2, 1, Activation::kRelu);
+  const Convolution<T> third(op, second.out, weight3, bias3, 1, Activation::kNone);
+  const Convolution<T> fourth(op, third.out, weight4, bias4, 2, Activation::kRelu);
+  Product<T> last(op, fourth.out, weight5, bias5);
   TORCH_CHECK(third.out == first.out, op, ": weight3 must have ", first.out, " output channels, but has ", third.out);
+  keep_memory(image.numel() / image.size(3) * first.out, image);
   const at::Tensor x = first.apply(image);
   return fourth.apply(third.apply(second.apply(x), x), {}, &last);
 }
 
+template <class T>
 at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::Tensor& cpe1_bias,
                  const at::Tensor& ln1_weight, const at::Tensor& ln1_bias, double ln1_eps,
                  const at::Tensor& in_proj_weight, const at::Tensor& conv_weight, const at::Tensor& conv_bias,
@@ -286,54 +316,45 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
               ", the fusion's kernels ", k1.sizes(), ", ", k3.sizes(), " and ", k5.sizes());
   const auto pixels = [](const at::Tensor& t) { return t.permute({0, 2, 3, 1}); };
   const auto planes = [](const at::Tensor& t) { return t.permute({0, 3, 1, 2}); };
-  // In bfloat16 the products are PyTorch's, which knows the processor's instructions for them.
-  const bool half = x_.scalar_type() == at::kBFloat16;
-  const auto product = [&](const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias = {}) {
-    if (!half) return mmspatialmamba::linear(input, weight, std::nullopt);
-    const auto halved = bias.defined() ? std::make_optional(bias.to(at::kBFloat16)) : std::nullopt;
-    return at::linear(input, weight.to(at::kBFloat16), halved);
-  };
-  // What PyTorch does here needs no graph either.
-  const at::AutoDispatchBelowADInplaceOrView guard;
+  keep_memory(x_.numel() / x_.size(1) * (3 * inner + 2 * x_.size(1)), x_);
   const at::Tensor dense = x_.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor x = pixels(depthwise_conv(dense, cpe1_weight, cpe1_bias, "residual")), y, gate;
+  at::Tensor x = pixels(depthwise_conv(dense, cpe1_weight, cpe1_bias, "residual")), y;
   {
-    at::Tensor u;
-    if (half) {
-      const at::Tensor halves = product(gated_layer_norm(x, {}, ln1_weight, ln1_bias, ln1_eps), in_proj_weight);
-      u = halves.narrow(3, 0, inner);
-      gate = halves.narrow(3, inner, inner);
-    } else {
-      u = norm_linear(op, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, 0, inner));
-    }
+    at::Tensor u = norm_linear<T>(op, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, 0, inner));
     u = depthwise_conv(planes(u), conv_weight, conv_bias, "silu");
-    const at::Tensor projected = product(pixels(u), x_proj_weight);
-    const at::Tensor delta = product(projected.narrow(3, 0, rank), dt_proj_weight);
+    const at::Tensor projected = product_of<T>(op, pixels(u), x_proj_weight);
+    const at::Tensor delta = product_of<T>(op, projected.narrow(3, 0, rank), dt_proj_weight);
     const auto map_of = [&](int64_t i) { return planes(projected.narrow(3, rank + i, 1)); };
     y = pixels(structure_aware_scan(u, planes(delta), at::exp(A_log.to(at::kFloat)).neg_(), map_of(0), map_of(1), D, k1, k3,
                                     k5, alpha, dt_bias, true));
   }
-  if (half) {
-    y = gated_layer_norm(y, gate, out_norm_weight, out_norm_bias, out_norm_eps);
-    gate.reset();
-    x.add_(product(y, out_proj_weight));
-  } else {
-    x = gated_output(op, y, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, inner, inner), out_norm_weight,
-                     out_norm_bias, out_norm_eps, out_proj_weight);
-  }
+  x = gated_output<T>(op, y, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, inner, inner), out_norm_weight,
+                      out_norm_bias, out_norm_eps, out_proj_weight);
   y.reset();
   x = pixels(depthwise_conv(planes(x), cpe2_weight, cpe2_bias, "residual"));
-  if (!half) return planes(norm_mlp(op, x, ln2_weight, ln2_bias, ln2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias));
-  at::Tensor hidden = product(gated_layer_norm(x, {}, ln2_weight, ln2_bias, ln2_eps), fc1_weight);
-  hidden = biased_gelu(hidden, fc1_bias);
-  return planes(x.add_(product(hidden, fc2_weight, fc2_bias)));
+  return planes(norm_mlp<T>(op, x, ln2_weight, ln2_bias, ln2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias));
 }
+
+// The function for the first tensor's dtype.
+template <auto kRun, auto kRunBFloat16>
+struct ByDtype;
+
+template <class... Args, at::Tensor (*kRun)(const at::Tensor&, Args...),
+          at::Tensor (*kRunBFloat16)(const at::Tensor&, Args...)>
+struct ByDtype<kRun, kRunBFloat16> {
+  static at::Tensor run(const at::Tensor& x, Args... args) {
+    // What PyTorch does here needs no graph either.
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return x.scalar_type() == at::kBFloat16 ? kRunBFloat16(x, args...) : kRun(x, args...);
+  }
+};
 
 }  // namespace
 }  // namespace mmspatialmamba
 
 TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
-  m.impl("stem", mmspatialmamba::stem);
-  m.impl("block", mmspatialmamba::block);
-  m.impl("downsample", mmspatialmamba::downsample);
+  using namespace mmspatialmamba;
+  m.impl("stem", ByDtype<stem<float>, stem<BFloat16>>::run);
+  m.impl("block", ByDtype<block<float>, block<BFloat16>>::run);
+  m.impl("downsample", ByDtype<downsample<float>, downsample<BFloat16>>::run);
 }

@@ -10,6 +10,10 @@ constexpr int kTaps = 25;   // of a fusion: 9 of dilation 1, then 8 of dilation 
 
 enum class Type { kFloat, kBFloat16, kHalf };
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // A (batch, channel, height, width) tensor; strides count elements.
 struct Map {
   void* data;
@@ -63,13 +67,13 @@ struct ConvArgs {
   Finish finish;
 };
 
-// The depthwise convolution of a downsampling layer, of stride 2, between two ReLUs, of floats.
+// The depthwise convolution of a downsampling layer, of stride 2, between two ReLUs.
 struct DownsamplingArgs {
   int64_t width, dim;       // of the input; dim is a multiple of vectors(1)
   int64_t tap;              // floats from one tap of the weights to the next
   const float* weights;     // (9, dim)
   const float* bias;        // (dim)
-  int64_t x_pixel, y_pixel; // floats from one pixel to the next
+  int64_t x_pixel, y_pixel; // elements from one pixel to the next
 };
 
 // A (rows, dim) tensor whose channels lie side by side.
@@ -96,17 +100,26 @@ struct GeluArgs {
 // What a product ends with.
 enum class Activation { kNone, kRelu, kGelu };
 
-// y = x weight^T + bias + residual, and its activation, of floats. The channels of x, residual and y lie side by side.
+// Rows, and the weights that they meet, by pack_linear or pack_linear_bfloat16.
+template <class T>
+struct Factors {
+  const T* x;
+  const T* packed;
+};
+
+// y = x weight^T + bias + residual, and its activation; with several factors the sum of their products. The channels of
+// x, residual and y lie side by side. y may be the residual in float32 alone.
+template <class T>
 struct LinearArgs {
   int64_t rows, in, out;
-  const float* packed;    // the weights, by pack_linear
+  Factors<T> factors[3];
+  int count;              // of the factors
+  int64_t x_row;
   const float* bias;      // (out), with zeros up to kWidestPanel; or null
   Activation activation;
-  const float* x;
-  int64_t x_row;
-  const float* residual;  // or null
+  const T* residual;      // or null
   int64_t residual_row;
-  float* y;
+  T* y;
   int64_t y_row;
 };
 
@@ -122,8 +135,10 @@ struct OuterArgs {
   int64_t y_row;
 };
 
-// The weights are packed in panels of so many output channels, or fewer with narrower vectors.
+// The weights are packed in panels of so many output channels, or fewer with narrower vectors; in bfloat16 with zeros
+// up to a multiple of kDepth input channels.
 constexpr int kWidestPanel = 32;
+constexpr int kDepth = 32;
 
 // `dim` floats in whole vectors of any instruction set.
 inline int64_t vectors(int64_t dim) { return (dim + 15) / 16 * 16; }
@@ -152,6 +167,7 @@ struct Kernels {
                                   int64_t block, float* scratch);
   // One row of the output from three of the input, null where it has none.
   void (*downsampling_conv)(const DownsamplingArgs&, const float* const* rows, float* y);
+  void (*downsampling_conv_bfloat16)(const DownsamplingArgs&, const BFloat16* const* rows, BFloat16* y);
   // Of an image: grad and y are alike, `height` is the input's. A task has the output's rows `first` to `last` - 1, and
   // of the input's those at twice their place and one below. sums: (10, dim), of the 9 weights and of the bias
   void (*downsampling_conv_backward)(const DownsamplingArgs&, const float* x, int64_t x_row, const float* y,
@@ -171,9 +187,14 @@ struct Kernels {
   // output channels, of which a panel is a part
   void (*pack_linear)(const float* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, float* packed,
                       int64_t panel);
-  void (*linear)(const LinearArgs&);
+  void (*linear)(const LinearArgs<float>&);
   // scratch: `rows` floats for each row and column of y, whole tiles of them
   void (*outer)(const OuterArgs&, float* scratch);
+  // The same in bfloat16, from weights of floats or of bfloat16. Sums are floats.
+  int64_t tile_rows_bfloat16;
+  void (*pack_linear_bfloat16)(const void* weight, Type type, int64_t out_step, int64_t in_step, int64_t out, int64_t in,
+                               BFloat16* packed, int64_t panel);
+  void (*linear_bfloat16)(const LinearArgs<BFloat16>&);
 };
 
 inline int64_t blocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }

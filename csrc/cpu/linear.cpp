@@ -8,6 +8,8 @@ namespace ISA {
 
 namespace {
 
+using Args = LinearArgs<float>;
+
 // Input channels at a time: that many of a panel of weights stay in the first cache beside those of a tile's rows.
 #if defined(__AVX512F__)
 constexpr int64_t kChunk = 256;
@@ -21,7 +23,7 @@ ALWAYS_INLINE int64_t packed_at(int64_t out, int64_t first, int64_t size, int64_
 }
 
 template <class Function>
-ALWAYS_INLINE void apply(const LinearArgs& args, int64_t row, int64_t rows, int64_t column, int64_t width,
+ALWAYS_INLINE void apply(const Args& args, int64_t row, int64_t rows, int64_t column, int64_t width,
                          const Function& function) {
   for (float* y = args.y + row * args.y_row + column; rows > 0; --rows, y += args.y_row) {
     int64_t c = 0;
@@ -35,7 +37,7 @@ ALWAYS_INLINE void apply(const LinearArgs& args, int64_t row, int64_t rows, int6
 }
 
 // The activation of a panel of some rows of y.
-__attribute__((noinline)) void activate(const LinearArgs& args, int64_t row, int64_t rows, int64_t column,
+__attribute__((noinline)) void activate(const Args& args, int64_t row, int64_t rows, int64_t column,
                                         int64_t width) {
   if (args.activation == Activation::kGelu) {
     apply(args, row, rows, column, width, [](Vec x) { return gelu(x); });
@@ -44,18 +46,26 @@ __attribute__((noinline)) void activate(const LinearArgs& args, int64_t row, int
   }
 }
 
-// Adds the products of `size` channels, from `first` on, to a tile of y.
+// Some channels of some factors.
+struct Chunk {
+  int factor;
+  int64_t first, size;
+};
+
+// Adds the products of a chunk to a tile of y.
 template <int kRows>
-ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t first,
-                        int64_t size) {
+ALWAYS_INLINE void tile(const Args& args, int64_t row, int64_t panel, const Chunk& chunk) {
+  const Factors<float>& factors = args.factors[chunk.factor];
+  const bool starts = chunk.factor == 0 && chunk.first == 0;
+  const bool ends = chunk.factor + 1 == args.count && chunk.first + chunk.size == args.in;
   const int64_t column = panel * kPanel, width = smaller(kPanel, args.out - column), x_row = args.x_row;
   Vec total[kRows][2];
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) total[i][0] = total[i][1] = Vec{};
-  const float* x = args.x + row * x_row + first;
-  const float* weight = args.packed + packed_at(args.out, first, size, panel);
+  const float* x = factors.x + row * x_row + chunk.first;
+  const float* weight = factors.packed + packed_at(args.out, chunk.first, chunk.size, panel);
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < size; ++k, weight += kPanel) {
+  for (int64_t k = 0; k < chunk.size; ++k, weight += kPanel) {
     const Vec left = load(weight), right = load(weight + kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
@@ -66,12 +76,12 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
   }
 
   // What the products are added to: the residual, then what the channels before have left in y.
-  const float* base = first > 0 ? args.y : args.residual;
-  const int64_t base_row = first > 0 ? args.y_row : args.residual_row;
+  const float* base = starts ? args.residual : args.y;
+  const int64_t base_row = starts ? args.residual_row : args.y_row;
   alignas(64) float spare[kRows * kPanel];
   float* y = args.y + row * args.y_row + column;
   if (base) base += row * base_row + column;
-  if (first == 0 && args.bias) {
+  if (starts && args.bias) {
     const Vec low = load(args.bias + column), high = load(args.bias + column + kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
@@ -101,47 +111,22 @@ ALWAYS_INLINE void tile(const LinearArgs& args, int64_t row, int64_t panel, int6
       }
     }
   }
-  if (args.activation != Activation::kNone && first + size == args.in) activate(args, row, kRows, column, width);
+  if (ends && args.activation != Activation::kNone) activate(args, row, kRows, column, width);
 }
 
 // A tile of at most kRows rows.
 template <int kRows>
-ALWAYS_INLINE void last_tile(const LinearArgs& args, int64_t row, int64_t rows, int64_t panel, int64_t first,
-                             int64_t size) {
-  if (rows == kRows) return tile<kRows>(args, row, panel, first, size);
-  if constexpr (kRows > 1) last_tile<kRows - 1>(args, row, rows, panel, first, size);
+ALWAYS_INLINE void last_tile(const Args& args, int64_t row, int64_t rows, int64_t panel, const Chunk& chunk) {
+  if (rows == kRows) return tile<kRows>(args, row, panel, chunk);
+  if constexpr (kRows > 1) last_tile<kRows - 1>(args, row, rows, panel, chunk);
 }
 
-// A square of kLanes rows, `row` floats apart, to one of rows kPanel apart.
-ALWAYS_INLINE void transpose(const float* source, int64_t row, float* target) {
-#if defined(__clang__)
-  for (int i = 0; i < kLanes; ++i) {
-    for (int c = 0; c < kLanes; ++c) target[i * kPanel + c] = source[c * row + i];
-  }
-#else
+// kLanes rows of a matrix, of kLanes floats each, as columns of a panel.
+ALWAYS_INLINE void pack_square(const float* source, int64_t row, float* target) {
   Vec square[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) square[i] = load(source + i * row);
-  // Each step swaps blocks of `half` floats between the rows of a pair that are `half` apart.
-#pragma GCC unroll 4
-  for (int half = 1; half < kLanes; half *= 2) {
-    IntVec low, high;
-#pragma GCC unroll 16
-    for (int c = 0; c < kLanes; ++c) {
-      low[c] = c & half ? kLanes + c - half : c;
-      high[c] = c & half ? kLanes + c : c + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & half) continue;
-      const Vec a = square[i], b = square[i + half];
-      square[i] = __builtin_shuffle(a, b, low);
-      square[i + half] = __builtin_shuffle(a, b, high);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(target + i * kPanel, square[i]);
-#endif
+  transpose(square, target);
 }
 
 // Groups of `Size` columns of a matrix one after the other, with zeros in the last.
@@ -168,8 +153,8 @@ void pack_linear(const float* weight, int64_t out_step, int64_t in_step, int64_t
     if (width < kPanel) memset(target, 0, size * kPanel * sizeof(float));
     int64_t k = 0;
     for (; k + kLanes <= size && width == kPanel && in_step == 1; k += kLanes) {
-      transpose(source + k, out_step, target + k * kPanel);
-      transpose(source + kLanes * out_step + k, out_step, target + k * kPanel + kLanes);
+      pack_square(source + k, out_step, target + k * kPanel);
+      pack_square(source + kLanes * out_step + k, out_step, target + k * kPanel + kLanes);
     }
     for (; k < size && width == kPanel && out_step == 1; ++k) {
       store(target + k * kPanel, load(source + k * in_step));
@@ -181,14 +166,16 @@ void pack_linear(const float* weight, int64_t out_step, int64_t in_step, int64_t
   }
 }
 
-void linear(const LinearArgs& args) {
+void linear(const Args& args) {
   const int64_t panels = (args.out + kPanel - 1) / kPanel;
-  for (int64_t first = 0; first < args.in; first += kChunk) {
-    const int64_t size = smaller(kChunk, args.in - first);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      int64_t row = 0;
-      for (; row + kTileRows <= args.rows; row += kTileRows) tile<kTileRows>(args, row, panel, first, size);
-      last_tile<kTileRows - 1>(args, row, args.rows - row, panel, first, size);
+  for (int factor = 0; factor < args.count; ++factor) {
+    for (int64_t first = 0; first < args.in; first += kChunk) {
+      const Chunk chunk{factor, first, smaller(kChunk, args.in - first)};
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        int64_t row = 0;
+        for (; row + kTileRows <= args.rows; row += kTileRows) tile<kTileRows>(args, row, panel, chunk);
+        last_tile<kTileRows - 1>(args, row, args.rows - row, panel, chunk);
+      }
     }
   }
 }

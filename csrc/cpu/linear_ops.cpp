@@ -9,7 +9,7 @@ namespace mmspatialmamba {
 
 at::Tensor linear(const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const at::Tensor x = checked("linear", "x", x_);
-  Product product("linear", x.size(1), weight, bias);
+  Product<float> product("linear", x.size(1), weight, bias);
   const at::Tensor out = with_channels(x_, product.out);
   product.apply(x, out.view({x.size(0), product.out}));
   return out;
@@ -69,7 +69,7 @@ at::Tensor gelu_linear(const at::Tensor& x_, const at::Tensor& gelu_bias, const 
                        const at::Tensor& bias) {
   const GeluLinear gelu(x_, gelu_bias);
   const int64_t rows = gelu.args.rows, dim = gelu.args.dim, row = spaced(dim), more = scratch::biased_gelu(dim);
-  Product product(GeluLinear::kOp, dim, weight, bias);
+  Product<float> product(GeluLinear::kOp, dim, weight, bias);
   const at::Tensor out = with_channels(x_, product.out);
   if (product.outweighs(rows)) {
     const at::Tensor hidden = spaced_matrix(rows, dim, x_);
@@ -98,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gelu_linear_backward(
   const GeluLinear gelu(x_, gelu_bias);
   const int64_t rows = gelu.args.rows, dim = gelu.args.dim, tasks = at::divup(rows, kMostRows);
   const at::Tensor grad = checked(GeluLinear::kOp, "the gradient", grad_);
-  Product product(GeluLinear::kOp, grad.size(1), weight.t());
+  Product<float> product(GeluLinear::kOp, grad.size(1), weight.t());
   TORCH_CHECK(grad.size(0) == rows && product.out == dim, GeluLinear::kOp, ": the gradient has shape ", grad_.sizes(),
               ", but x has ", x_.sizes(), " and weight ", weight.sizes());
   const at::Tensor grad_x = at::empty(x_.sizes(), x_.options()), flat = grad_x.view({rows, dim});

@@ -14,11 +14,9 @@ static const float* read(const Matrix& matrix, int64_t row, int64_t dim, float* 
     if (dim % kLanes == 0) return source;
     memcpy(staging, source, dim * sizeof(float));
   } else if (matrix.type == Type::kBFloat16) {
-    const BFloat16* source = static_cast<const BFloat16*>(matrix.data) + offset;
-    for (int64_t c = 0; c < dim; ++c) staging[c] = to_float(source[c]);
+    convert(static_cast<const BFloat16*>(matrix.data) + offset, dim, staging);
   } else {
-    const Half* source = static_cast<const Half*>(matrix.data) + offset;
-    for (int64_t c = 0; c < dim; ++c) staging[c] = to_float(source[c]);
+    convert(static_cast<const Half*>(matrix.data) + offset, dim, staging);
   }
   for (int64_t c = dim; c % kLanes; ++c) staging[c] = 0.f;
   return staging;
@@ -35,11 +33,9 @@ static void written(const Matrix& matrix, int64_t row, int64_t dim, const float*
   if (matrix.type == Type::kFloat) {
     if (dim % kLanes) memcpy(static_cast<float*>(matrix.data) + offset, staging, dim * sizeof(float));
   } else if (matrix.type == Type::kBFloat16) {
-    BFloat16* target = static_cast<BFloat16*>(matrix.data) + offset;
-    for (int64_t c = 0; c < dim; ++c) target[c] = from_float<BFloat16>(staging[c]);
+    convert(staging, dim, static_cast<BFloat16*>(matrix.data) + offset);
   } else {
-    Half* target = static_cast<Half*>(matrix.data) + offset;
-    for (int64_t c = 0; c < dim; ++c) target[c] = from_float<Half>(staging[c]);
+    convert(staging, dim, static_cast<Half*>(matrix.data) + offset);
   }
 }
 

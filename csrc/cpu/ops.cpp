@@ -1,40 +1,10 @@
 // Binds the CPU kernels to their ops.
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include "../taps.h"
 #include "ops.h"
 
 namespace mmspatialmamba {
-
-namespace baseline {
-extern const Kernels table;
-}
-#ifdef WITH_AVX2
-namespace avx2 {
-extern const Kernels table;
-}
-#endif
-#ifdef WITH_AVX512
-namespace avx512 {
-extern const Kernels table;
-}
-#endif
-
-// The kernels for the instruction set that PyTorch found, or was told by ATEN_CPU_CAPABILITY.
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-    const std::string capability = at::get_cpu_capability();
-#ifdef WITH_AVX512
-    if (capability == "AVX512") return avx512::table;
-#endif
-#ifdef WITH_AVX2
-    if (capability == "AVX2" || capability == "AVX512") return avx2::table;
-#endif
-    return baseline::table;
-  }();
-  return chosen;
-}
 
 namespace {
 
@@ -237,7 +207,7 @@ struct Conv {
   ConvArgs args;
 
   Conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_, const std::string& finish)
-      : weights(weight.to(at::kFloat).reshape({x.size(1), 9}).t().contiguous()), bias(floats(bias_)) {
+      : weights(floats(floats(weight).view({x.size(1), 9}).t())), bias(floats(bias_)) {
     TORCH_CHECK(bias.sizes() == at::IntArrayRef({x.size(1)}), kOp, ": bias must have shape (", x.size(1), "), but has ",
                 bias.sizes());
     args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), weights.const_data_ptr<float>(),
@@ -292,7 +262,7 @@ struct DownsamplingConv {
   int64_t batch, dim, height, width, out_height, out_width, bands, groups;
 
   DownsamplingConv(const at::Tensor& x_, const at::Tensor& weight, const at::Tensor& bias_)
-      : x(dense("x", x_)), weights(floats(weight.reshape({-1, 9}).t())), bias(floats(bias_)), batch(x.size(0)),
+      : x(dense("x", x_)), weights(floats(floats(weight).view({-1, 9}).t())), bias(floats(bias_)), batch(x.size(0)),
         dim(x.size(1)), height(x.size(2)), width(x.size(3)), out_height(at::divup(height, 2)),
         out_width(at::divup(width, 2)), bands(at::divup(out_height, kRows)), groups(at::divup(dim, kChannels)) {
     TORCH_CHECK(dim % vectors(1) == 0, kOp, ": the number of channels must be a multiple of ", vectors(1), ", but is ",

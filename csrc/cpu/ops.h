@@ -41,7 +41,14 @@ void parallel_tasks(int64_t count, int64_t scratch, const Task& task) {
   });
 }
 
-inline at::Tensor floats(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+inline at::Tensor floats(const at::Tensor& t) {
+  constexpr int64_t kFew = 1 << 16;
+  // PyTorch takes several microseconds to convert the few numbers of a parameter.
+  if (t.scalar_type() != at::kBFloat16 || !t.is_contiguous() || t.numel() > kFew) return t.to(at::kFloat).contiguous();
+  const at::Tensor result = at::empty(t.sizes(), t.options().dtype(at::kFloat));
+  std::copy_n(t.const_data_ptr<at::BFloat16>(), t.numel(), result.mutable_data_ptr<float>());
+  return result;
+}
 
 inline std::optional<at::Tensor> floats(const std::optional<at::Tensor>& t) {
   return t ? std::make_optional(floats(*t)) : std::nullopt;

@@ -1,8 +1,7 @@
 // Rows of kBlock channels, and the fusion of states over them.
 #pragma once
 
-#include "kernels.h"
-#include "vec.h"
+#include "bfloat16.h"
 
 namespace mmspatialmamba {
 namespace ISA {
@@ -13,10 +12,6 @@ constexpr int kWindow = 2 * kReach + 1; // rows that one row of the fusion may r
 
 static ALWAYS_INLINE int64_t padded(int64_t width) { return (width + 2 * kReach) * kBlock; }
 static ALWAYS_INLINE int64_t clamp(int64_t x, int64_t high) { return smaller(larger(x, 0), high); }
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 struct Half {
   uint16_t bits;
@@ -68,6 +63,24 @@ ALWAYS_INLINE Half from_float<Half>(float x) {
   return {static_cast<uint16_t>(sign | rounded)};
 }
 
+// `count` elements from one type to another.
+template <class From, class To>
+static ALWAYS_INLINE void convert(const From* source, int64_t count, To* target) {
+  for (int64_t c = 0; c < count; ++c) target[c] = from_float<To>(to_float(source[c]));
+}
+
+static ALWAYS_INLINE void convert(const BFloat16* source, int64_t count, float* target) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) store(target + c, load(source + c));
+  for (; c < count; ++c) target[c] = to_float(source[c]);
+}
+
+static ALWAYS_INLINE void convert(const float* source, int64_t count, BFloat16* target) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) store(target + c, load(source + c));
+  for (; c < count; ++c) target[c] = from_float<BFloat16>(source[c]);
+}
+
 // Pixel x's channels start at data + x * stride.
 struct Row {
   float* data;
@@ -81,7 +94,7 @@ template <class T>
 static void gather(const T* source, const Map& map, int channels, int64_t width, float* target) {
   if (map.channel == 1 && channels == kBlock) {
     for (int64_t x = 0; x < width; ++x) {
-      for (int c = 0; c < kBlock; ++c) target[x * kBlock + c] = to_float(source[x * map.column + c]);
+      convert(source + x * map.column, kBlock, target + x * kBlock);
     }
     return;
   }
@@ -95,7 +108,7 @@ template <class T>
 static void scatter(const float* source, const Map& map, int channels, int64_t width, T* target) {
   if (map.channel == 1 && channels == kBlock) {
     for (int64_t x = 0; x < width; ++x) {
-      for (int c = 0; c < kBlock; ++c) target[x * map.column + c] = from_float<T>(source[x * kBlock + c]);
+      convert(source + x * kBlock, kBlock, target + x * map.column);
     }
     return;
   }

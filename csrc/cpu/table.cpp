@@ -14,6 +14,7 @@ void selective_scan_backward(const SelectiveScanArgs&, const float*, const float
 void depthwise_conv(const ConvArgs&, const Map&, int64_t, int64_t, int64_t, int64_t, float*);
 void depthwise_conv_backward(const ConvArgs&, const Map&, const Map&, float*, int64_t, int64_t, float*);
 void downsampling_conv(const DownsamplingArgs&, const float* const*, float*);
+void downsampling_conv_bfloat16(const DownsamplingArgs&, const BFloat16* const*, BFloat16*);
 void downsampling_conv_backward(const DownsamplingArgs&, const float*, int64_t, const float*, const float*, int64_t,
                                 int64_t, int64_t, int64_t, float*, float*, float*);
 void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
@@ -23,8 +24,10 @@ void biased_gelu(const GeluArgs&, const Matrix&, int64_t, int64_t, float*);
 void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                           float*);
 void pack_linear(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
-void linear(const LinearArgs&);
+void linear(const LinearArgs<float>&);
 void outer(const OuterArgs&, float*);
+void pack_linear_bfloat16(const void*, Type, int64_t, int64_t, int64_t, int64_t, BFloat16*, int64_t);
+void linear_bfloat16(const LinearArgs<BFloat16>&);
 
 extern const Kernels table;
 #define NAME_OF(x) #x
@@ -39,6 +42,7 @@ const Kernels table{NAME(ISA),
                     depthwise_conv,
                     depthwise_conv_backward,
                     downsampling_conv,
+                    downsampling_conv_bfloat16,
                     downsampling_conv_backward,
                     gated_layer_norm,
                     gated_layer_norm_backward,
@@ -48,7 +52,23 @@ const Kernels table{NAME(ISA),
                     kTileRows,
                     pack_linear,
                     linear,
-                    outer};
+                    outer,
+                    kTileRowsBFloat16,
+                    pack_linear_bfloat16,
+                    linear_bfloat16};
+
+#if defined(__AMX_BF16__)
+void linear_amx(const LinearArgs<BFloat16>&);
+
+extern const Kernels amx_table;
+const Kernels amx_table = [] {
+  Kernels kernels = table;
+  kernels.instruction_set = "amx";
+  kernels.tile_rows_bfloat16 = 32;
+  kernels.linear_bfloat16 = linear_amx;
+  return kernels;
+}();
+#endif
 
 }  // namespace ISA
 }  // namespace mmspatialmamba

@@ -168,16 +168,24 @@ def fuses_elementwise(*tensors: torch.Tensor) -> bool:
     return tensors[0].device.type == 'cpu' and _choose(*tensors) == 'native'
 
 
-def has_products(*tensors: torch.Tensor | None) -> bool:
-    """Whether the next call's products are the native backend's: for float32 on a CPU with AVX2 or AVX-512.
+def fuses_layers(*tensors: torch.Tensor | None) -> bool:
+    """Whether the next call's backend has layers as one op, and products: native, on a CPU with AVX2 or AVX-512.
 
-    They need at least one channel and one pixel. Autocast, ``torch.compile``, export and tracing want PyTorch's own.
+    They need at least one channel and one pixel. ``torch.compile``, export and tracing want PyTorch's own.
     """
     return (
         _HAS_FAST_PRODUCTS
-        and all(t is None or (t.dtype == torch.float32 and t.device.type == 'cpu' and t.numel()) for t in tensors)
-        and not torch.is_autocast_enabled('cpu')
+        and all(t is None or (t.device.type == 'cpu' and t.numel()) for t in tensors)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and fuses_elementwise(tensors[0])
+    )
+
+
+def has_products(*tensors: torch.Tensor | None) -> bool:
+    """Whether the next call's products are the native backend's: where it has any, for float32 without autocast."""
+    return (
+        all(t is None or t.dtype == torch.float32 for t in tensors)
+        and not torch.is_autocast_enabled('cpu')
+        and fuses_layers(*tensors)
     )

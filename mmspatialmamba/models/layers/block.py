@@ -79,7 +79,7 @@ class SpatialMambaBlock(nn.Module):
         return torch.addcmul(x, y, self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)))
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if inference.can_fuse(self, x, self._own_types) or inference.can_fuse_block(self, x, self._own_types):
+        if inference.can_fuse(self, x, self._own_types, casts=False):
             return inference.block(self, x)
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
         x = self._add(x, self.mixer(x, self.ln1)).permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
 """What the layers compute where no gradients are needed, in as few ops as there are.
 
 A layer is computed this way if it is as it was built: in evaluation mode, all its modules of their own types, without
-hooks, all its parameters in float32. Else, say with LoRA's modules within or with a hook that collects features, each
-module is called. Where products in bfloat16 are fast, blocks are computed so in that dtype too.
+hooks, all its parameters in float32, or in bfloat16. Else, say with LoRA's modules within or with a hook that collects
+features, each module is called.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.ops.backend import fuses_elementwise, has_products
-
-from .precision import is_fast
+from mmspatialmamba.ops.backend import fuses_layers
 
 
 def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
@@ -32,7 +30,7 @@ def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
     return type(module) in own_types and not own_hooks and not nn.modules.module._has_any_global_hook()
 
 
-def _is_plain(module: nn.Module, own_types: tuple[type, ...], dtype: torch.dtype = torch.float32) -> bool:
+def _is_plain(module: nn.Module, own_types: tuple[type, ...], dtype: torch.dtype) -> bool:
     """Whether a module is as it was built, see above, with parameters of a dtype."""
     for m in module.modules():
         foldable = isinstance(m, _BatchNorm) and m.track_running_stats and m.affine
@@ -43,15 +41,28 @@ def _is_plain(module: nn.Module, own_types: tuple[type, ...], dtype: torch.dtype
     return True
 
 
-def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> bool:
-    """Whether to compute a layer by this module's functions.
+def _dtypes(x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of a layer's activations and of the parameters that belong to them."""
+    if torch.is_autocast_enabled('cpu') and x.dtype in (torch.float32, torch.bfloat16):
+        return torch.get_autocast_dtype('cpu'), torch.float32
+    return x.dtype, x.dtype
+
+
+def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...], casts: bool = True) -> bool:
+    """Whether to compute a layer by this module's functions, in float32 or bfloat16.
 
     Args:
         module (nn.Module): The layer.
         x (Tensor): Its input.
         own_types (tuple[type]): Types of the layer and of the modules within, but for BatchNorm.
+        casts (bool): Whether the output has autocast's dtype also where x has another. Defaults to True.
     """
-    return not torch.is_grad_enabled() and has_products(x) and _is_plain(module, own_types)
+    if torch.is_grad_enabled():
+        return False
+    dtype, parameters = _dtypes(x)
+    if dtype not in (torch.float32, torch.bfloat16) or not (casts or dtype == x.dtype):
+        return False
+    return fuses_layers(x) and _is_plain(module, own_types, parameters)
 
 
 def has_geometry(convs: Iterable[nn.Conv2d], strides: tuple[int, ...]) -> bool:
@@ -67,24 +78,6 @@ def has_geometry(convs: Iterable[nn.Conv2d], strides: tuple[int, ...]) -> bool:
     )
 
 
-def can_fuse_block(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...]) -> bool:
-    """Whether to compute a block by :func:`block` in bfloat16: under autocast, or with such weights.
-
-    Args:
-        module (nn.Module): The block.
-        x (Tensor): Its input.
-        own_types (tuple[type]): Types of the block and of the modules within.
-    """
-    if x.dtype != torch.bfloat16 or torch.is_grad_enabled():
-        return False
-    autocast = torch.is_autocast_enabled('cpu')
-    if (autocast and torch.get_autocast_dtype('cpu') != x.dtype) or not (x.numel() and is_fast(x.dtype)):
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not fuses_elementwise(x):
-        return False
-    return _is_plain(module, own_types, torch.float32 if autocast else x.dtype)
-
-
 def _without_autograd(function: Callable) -> Callable:
     """A function whose ops skip autograd's part of PyTorch's dispatcher, a tenth of the time of a 32x32 image."""
 
@@ -97,14 +90,20 @@ def _without_autograd(function: Callable) -> Callable:
 
 
 def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work."""
+    """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work, which is computed in float32."""
     weight, bias = layer.conv.weight, layer.conv.bias
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
     if not hasattr(layer, 'norm'):
-        return weight, weight.new_zeros(len(weight)) if bias is None else bias
+        return weight, bias
     norm = layer.norm
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    mean = norm.running_mean if bias is None else norm.running_mean - bias
-    return weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
+    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
+    return weight * scale.view(-1, 1, 1, 1), norm.bias + (bias - norm.running_mean) * scale
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """(batch, height, width, channels) of a (batch, channels, height, width) input, in its layer's dtype."""
+    return x.to(_dtypes(x)[0]).permute(0, 2, 3, 1)
 
 
 @_without_autograd
@@ -113,7 +112,7 @@ def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     *layers, last = module.conv1, *module.conv2, *module.conv3
     weight, bias = _folded(last)
     parameters = [tensor for layer in layers for tensor in _folded(layer)]
-    x = torch.ops.mmspatialmamba_native.stem(x.permute(0, 2, 3, 1), *parameters, weight.flatten(1), bias)
+    x = torch.ops.mmspatialmamba_native.stem(_pixels(x), *parameters, weight.flatten(1), bias)
     return x.permute(0, 3, 1, 2)
 
 
@@ -121,7 +120,7 @@ def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Downsample`'s output for (batch, channels, height, width)."""
     parameters = [tensor.flatten(1) if tensor.dim() > 1 else tensor for layer in module for tensor in _folded(layer)]
-    return torch.ops.mmspatialmamba_native.downsample(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2)
+    return torch.ops.mmspatialmamba_native.downsample(_pixels(x), *parameters).permute(0, 3, 1, 2)
 
 
 @_without_autograd
