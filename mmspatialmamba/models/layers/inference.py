@@ -17,6 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmspatialmamba.ops.backend import fuses_layers
 
 
+def _is_own(module: nn.Module, own_types: tuple[type, ...]) -> bool:
+    """Whether a module is of one of its own types and has no hooks of its own."""
+    return type(module) in own_types and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
     """Whether a module is of one of its own types and nobody has hooks on it, so that calling it can be left out.
 
@@ -24,20 +31,20 @@ def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
         module (nn.Module): The module, without what it contains.
         own_types (tuple[type]): Its types.
     """
-    own_hooks = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-    return type(module) in own_types and not own_hooks and not nn.modules.module._has_any_global_hook()
+    return _is_own(module, own_types) and not nn.modules.module._has_any_global_hook()
 
 
 def _is_plain(module: nn.Module, own_types: tuple[type, ...], dtype: torch.dtype) -> bool:
     """Whether a module is as it was built, see above, with parameters of a dtype."""
+    if nn.modules.module._has_any_global_hook():
+        return False
     for m in module.modules():
         foldable = isinstance(m, _BatchNorm) and m.track_running_stats and m.affine
-        if m.training or not is_untouched(m, (type(m),) if foldable else own_types):
+        if m.training or not _is_own(m, (type(m),) if foldable else own_types):
             return False
-        if any(p is not None and p.dtype != dtype for p in m._parameters.values()):
-            return False
+        for parameter in m._parameters.values():
+            if parameter is not None and parameter.dtype != dtype:
+                return False
     return True
 
 
@@ -98,7 +105,8 @@ def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         return weight, bias
     norm = layer.norm
     scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-    return weight * scale.view(-1, 1, 1, 1), norm.bias + (bias - norm.running_mean) * scale
+    # Products of two dtypes take PyTorch several times as long as a conversion.
+    return weight.float() * scale.view(-1, 1, 1, 1), norm.bias + (bias - norm.running_mean) * scale
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
