@@ -12,10 +12,11 @@ namespace mmspatialmamba {
 namespace {
 
 // glibc gives freed memory back to the system where it is more than twice the largest piece, of at most 32 MB, that was
-// ever freed; to get it again takes longer than to use it. So a piece as large as all that a layer holds is freed first.
-void keep_memory(int64_t elements, const at::Tensor& like) {
-  constexpr int64_t kMost = (1 << 25) - (1 << 16);
-  at::empty({std::min(elements, kMost / static_cast<int64_t>(like.element_size()))}, like.options());
+// ever freed. To get it again takes longer than to use it, so the largest is freed first, untouched.
+void keep_memory() {
+  constexpr int64_t kLargest = (1 << 25) - (1 << 16);
+  static const bool done = at::empty({kLargest}, at::kByte).numel() > 0;
+  static_cast<void>(done);
 }
 
 // linear(x, weight).
@@ -149,7 +150,6 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
   const int64_t held = std::clamp<int64_t>(kHidden / (band * out_width * hidden), 1, batch * bands);
   const at::Tensor rows_of_taps = floats(weight2).view({hidden, 9}).t();
   const at::Tensor taps = at::constant_pad_nd(rows_of_taps, {0, vectors(hidden) - hidden}).contiguous();
-  keep_memory(held * band * out_width * hidden + result.numel() + 4 * weight3.numel(), x);
   const at::Tensor bias = padded(bias2), pixels = spaced_matrix<T>(held * band * out_width, hidden, x);
   const at::Tensor flat = result.view({-1, out});
   const Product<T> widen(op, in, weight1, bias1);
@@ -285,7 +285,6 @@ at::Tensor stem(const at::Tensor& x_, const at::Tensor& weight1, const at::Tenso
   const Convolution<T> fourth(op, third.out, weight4, bias4, 2, Activation::kRelu);
   Product<T> last(op, fourth.out, weight5, bias5);
   TORCH_CHECK(third.out == first.out, op, ": weight3 must have ", first.out, " output channels, but has ", third.out);
-  keep_memory(image.numel() / image.size(3) * first.out, image);
   const at::Tensor x = first.apply(image);
   return fourth.apply(third.apply(second.apply(x), x), {}, &last);
 }
@@ -316,17 +315,16 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
               ", the fusion's kernels ", k1.sizes(), ", ", k3.sizes(), " and ", k5.sizes());
   const auto pixels = [](const at::Tensor& t) { return t.permute({0, 2, 3, 1}); };
   const auto planes = [](const at::Tensor& t) { return t.permute({0, 3, 1, 2}); };
-  keep_memory(x_.numel() / x_.size(1) * (3 * inner + 2 * x_.size(1)), x_);
   const at::Tensor dense = x_.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor x = pixels(depthwise_conv(dense, cpe1_weight, cpe1_bias, "residual")), y;
   {
     at::Tensor u = norm_linear<T>(op, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, 0, inner));
     u = depthwise_conv(planes(u), conv_weight, conv_bias, "silu");
     const at::Tensor projected = product_of<T>(op, pixels(u), x_proj_weight);
-    const at::Tensor delta = product_of<T>(op, projected.narrow(3, 0, rank), dt_proj_weight);
+    y = product_of<T>(op, projected.narrow(3, 0, rank), dt_proj_weight);
     const auto map_of = [&](int64_t i) { return planes(projected.narrow(3, rank + i, 1)); };
-    y = pixels(structure_aware_scan(u, planes(delta), at::exp(A_log.to(at::kFloat)).neg_(), map_of(0), map_of(1), D, k1, k3,
-                                    k5, alpha, dt_bias, true));
+    structure_aware_scan_to(planes(y), u, planes(y), at::exp(A_log.to(at::kFloat)).neg_(), map_of(0), map_of(1), D, k1, k3,
+                            k5, alpha, dt_bias, true);
   }
   x = gated_output<T>(op, y, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, inner, inner), out_norm_weight,
                       out_norm_bias, out_norm_eps, out_proj_weight);
@@ -345,6 +343,7 @@ struct ByDtype<kRun, kRunBFloat16> {
   static at::Tensor run(const at::Tensor& x, Args... args) {
     // What PyTorch does here needs no graph either.
     const at::AutoDispatchBelowADInplaceOrView guard;
+    keep_memory();
     return x.scalar_type() == at::kBFloat16 ? kRunBFloat16(x, args...) : kRun(x, args...);
   }
 };

@@ -64,21 +64,28 @@ struct Scan {
 
 }  // namespace
 
-at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
-                                const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1, const at::Tensor& k3,
-                                const at::Tensor& k5, const at::Tensor& alpha, const std::optional<at::Tensor>& bias,
-                                bool softplus) {
+void structure_aware_scan_to(const at::Tensor& y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A,
+                             const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1,
+                             const at::Tensor& k3, const at::Tensor& k5, const at::Tensor& alpha,
+                             const std::optional<at::Tensor>& bias, bool softplus) {
   const Scan scan(u, delta, A, B, C, D, k1, k3, k5, alpha, bias, softplus);
-  at::Tensor y = at::empty_like(u);
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
   const Map out = map_of(Scan::kOp, "y", y);
   parallel(u.size(0), u.size(1), scratch::scan(u.size(3)), [&](int64_t batch, int64_t block, float* memory) {
     kernels().scan(scan.args, out, batch, block, memory);
   });
-  return y;
 }
 
 namespace {
+
+at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
+                                const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1, const at::Tensor& k3,
+                                const at::Tensor& k5, const at::Tensor& alpha, const std::optional<at::Tensor>& bias,
+                                bool softplus) {
+  at::Tensor y = at::empty_like(u);
+  structure_aware_scan_to(y, u, delta, A, B, C, D, k1, k3, k5, alpha, bias, softplus);
+  return y;
+}
 
 Tensors11 structure_aware_scan_backward(const at::Tensor& grad, const at::Tensor& u, const at::Tensor& delta,
                                         const at::Tensor& A, const at::Tensor& B, const at::Tensor& C,

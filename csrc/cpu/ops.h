@@ -67,10 +67,11 @@ inline at::Tensor as_matrix(const at::Tensor& t) {
 }
 
 // Ops that others are made of.
-at::Tensor structure_aware_scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
-                                const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1, const at::Tensor& k3,
-                                const at::Tensor& k5, const at::Tensor& alpha, const std::optional<at::Tensor>& bias,
-                                bool softplus);
+// The scan's output goes to y, which may be delta: a row is written when those that it needs were read.
+void structure_aware_scan_to(const at::Tensor& y, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A,
+                             const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1,
+                             const at::Tensor& k3, const at::Tensor& k5, const at::Tensor& alpha,
+                             const std::optional<at::Tensor>& bias, bool softplus);
 at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                           const std::string& finish);
 // LayerNorm alone where the gate is undefined.

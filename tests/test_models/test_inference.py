@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -54,8 +59,7 @@ def test_outputs_are_those_of_the_modules(model, fused, size):
 
 
 @pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'weights'])
-def test_blocks_in_bfloat16(model, fused, monkeypatch, autocast):
-    monkeypatch.setattr(inference, 'is_fast', lambda dtype: True)
+def test_in_bfloat16(model, fused, autocast):
     image = torch.randn(2, 3, 64, 96)
     if not autocast:
         model, image = model.bfloat16(), image.bfloat16()
@@ -67,10 +71,55 @@ def test_blocks_in_bfloat16(model, fused, monkeypatch, autocast):
         handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
         outputs.append(model(image))
         handle.remove()
-    assert fused == ['block'] * 5 and count == 5
+    assert fused.count('block') == 5 and fused.count('stem') == 1 and fused.count('downsample') == 3
+    assert len(fused) == count
     assert [o.dtype for o in outputs[0]] == [o.dtype for o in outputs[1]]
     assert all(output.isfinite().all() for output in outputs[0])
     assert relative_difference(*([o.float() for o in one] for one in outputs)) < 2e-2
+
+
+@pytest.mark.parametrize('layer', ['stem', 'downsamples.0'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_layers_cast_as_autocast_does(model, fused, layer, dtype):
+    layer = model.get_submodule(layer)
+    x = torch.randn(2, 3 if layer is model.stem else 16, 12, 9, dtype=dtype)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = layer(x)
+        with torch.no_grad():
+            out = layer(x)
+    assert len(fused) == 1 and out.dtype == expected.dtype == torch.bfloat16
+    assert relative_difference([out.float()], [expected.float()]) < 2e-2
+
+
+def test_autocast_in_float16_calls_the_modules(model, fused):
+    with torch.no_grad(), torch.autocast('cpu', torch.float16):
+        outputs = model(torch.randn(1, 3, 32, 32))
+    assert fused == [] and all(output.isfinite().all() for output in outputs)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='what is measured is glibc')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_memory_is_not_given_back_and_asked_for_again(dtype):
+    """Page faults of a forward pass, once the first ones are done. Layers hold 10 to 20 MB at a time."""
+    code = """if True:
+        import resource, sys, torch
+        from mmspatialmamba.models import SpatialMamba
+        dtype = getattr(torch, sys.argv[1])
+        model = SpatialMamba(dict(embed_dims=64, depths=(2, 2, 1, 1))).eval().to(dtype)
+        image = torch.randn(1, 3, 384, 384, dtype=dtype)
+        count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with torch.no_grad():
+            for _ in range(5):
+                model(image)
+            before = count()
+            for _ in range(4):
+                model(image)
+        print((count() - before) / 4)
+    """
+    command = [sys.executable, '-c', code, str(dtype).removeprefix('torch.')]
+    environment = {**os.environ, 'MMSPATIALMAMBA_BACKEND': 'native'}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert float(result.stdout) < 1000
 
 
 def test_dtype_under_autocast_is_that_of_the_modules(model, fused):

@@ -152,6 +152,31 @@ def test_downsample(shape, hidden, out):
     assert relative_error(downsample(permuted, *parameters), expected) < 2e-6
 
 
+def in_bfloat16(parameters):
+    """Tensors rounded to bfloat16, so that what is exact has the same numbers."""
+    return type(parameters)(t.bfloat16() for t in parameters)
+
+
+@pytest.mark.parametrize('weights', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    'shape, hidden, out',
+    [
+        ((1, 1, 1, 1), 1, 1),
+        ((2, 1, 6, 8), 64, 16),
+        ((1, 7, 2, 33), 64, 33),
+        ((3, 6, 5, 7), 50, 20),
+        ((2, 35, 9, 16), 130, 40),
+        ((1, 3, 70, 64), 512, 128),
+    ],
+    ids=str,
+)
+def test_downsample_in_bfloat16(shape, hidden, out, weights):
+    x, parameters = torch.randn(shape).bfloat16(), in_bfloat16(make_downsample(shape[-1], hidden, out))
+    result = downsample(x, *(t.to(weights) for t in parameters))
+    assert result.dtype == torch.bfloat16
+    assert relative_error(result, exact_downsample(x, parameters)) < 1e-2
+
+
 def test_downsampled_in_parts():
     """What lies between the last two convolutions is more than is kept at a time, within an image and over images."""
     for shape in ((1, 300, 600, 2), (5, 120, 200, 2)):
@@ -179,6 +204,25 @@ def test_stem(shape, dims):
     assert relative_error(stem(permuted, *parameters), expected) < 2e-6
 
 
+@pytest.mark.parametrize('weights', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    'shape, dims',
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1)),
+        ((2, 1, 6, 3), (8, 8, 32, 16)),
+        ((1, 9, 2, 3), (5, 7, 33, 40)),
+        ((1, 41, 290, 3), (32, 32, 64, 24)),
+        ((2, 4, 600, 1), (3, 96, 17, 33)),
+    ],
+    ids=str,
+)
+def test_stem_in_bfloat16(shape, dims, weights):
+    x, parameters = torch.randn(shape).bfloat16(), in_bfloat16(make_stem(shape[-1], *dims))
+    result = stem(x, *(t.to(weights) for t in parameters))
+    assert result.dtype == torch.bfloat16
+    assert relative_error(result, exact_stem(x, parameters)) < 1e-2
+
+
 # Whole tiles and panels of each instruction set, and what is left over; few pixels for the weights, and many.
 @pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format], ids=['channels_last', 'contiguous'])
 @pytest.mark.parametrize(
@@ -200,10 +244,23 @@ def test_block(shape, inner, rank, hidden, layout):
     assert relative_error(block(x, parameters), exact_block(x, parameters)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    'shape, inner, rank, hidden', [((2, 64, 9, 7), 128, 4, 256), ((1, 33, 4, 5), 70, 3, 50)], ids=str
-)
+# Tiles of AMX have 16 rows, two of them at a time; panels 32 channels, of which 32 meet at once.
 @pytest.mark.parametrize('weights', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    'shape, inner, rank, hidden',
+    [
+        ((1, 2, 2, 1), 3, 1, 5),
+        ((2, 5, 3, 7), 3, 1, 4),
+        ((2, 64, 9, 7), 128, 4, 256),
+        ((1, 33, 4, 4), 70, 3, 50),
+        ((1, 64, 4, 5), 64, 32, 95),
+        ((3, 33, 5, 10), 130, 3, 50),
+        ((1, 130, 20, 15), 33, 9, 300),
+        ((1, 300, 1, 5), 16, 5, 288),
+        ((1, 160, 30, 33), 48, 1, 64),
+    ],
+    ids=str,
+)
 def test_block_in_bfloat16(shape, inner, rank, hidden, weights):
     x = torch.randn(shape).bfloat16()
     parameters = make_block(shape[1], inner, rank, hidden)
@@ -213,37 +270,41 @@ def test_block_in_bfloat16(shape, inner, rank, hidden, weights):
     assert relative_error(out, exact_block(x, parameters)) < 3e-2
 
 
-@pytest.mark.parametrize('op', ['stem', 'block', 'block of other layout', 'block in bfloat16', 'downsample'])
-def test_opcheck(op):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('op', ['stem', 'block', 'block of other layout', 'downsample'])
+def test_opcheck(op, dtype):
     x, block_parameters = torch.randn(2, 5, 7, 6), make_block(6, 12, 2, 24).values()
     arguments = {
         'stem': (x, *make_stem(6, 4, 6, 16, 5)),
         'block': (x.permute(0, 3, 1, 2), *block_parameters),
         'block of other layout': (x.permute(0, 3, 1, 2).contiguous(), *block_parameters),
-        'block in bfloat16': (x.permute(0, 3, 1, 2).contiguous().bfloat16(), *block_parameters),
         'downsample': (x, *make_downsample(6, 32, 4)),
     }
     tests = ('test_schema', 'test_faketensor')
-    name = op.split()[0]
-    torch.library.opcheck(getattr(torch.ops.mmspatialmamba_native, name).default, arguments[op], test_utils=tests)
+    name, (x, *parameters) = op.split()[0], arguments[op]
+    function = getattr(torch.ops.mmspatialmamba_native, name).default
+    torch.library.opcheck(function, (x.to(dtype), *parameters), test_utils=tests)
 
 
-def test_special_values_stay_where_they_are_used():
-    x = torch.randn(2, 9, 11, 8)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_special_values_stay_where_they_are_used(dtype):
+    x = torch.randn(2, 9, 11, 8, dtype=dtype)
     x[1, 4, 4, 3] = torch.nan
     pixels = downsample(x, *make_downsample(8, 32, 4)).isnan().all(3).nonzero()
     assert pixels.tolist() == [[1, 2, 2]]
     assert stem(x, *make_stem(8, 4, 6, 8, 4)).isnan().any(3).any(2).any(1).tolist() == [False, True]
-    x, parameters = torch.randn(3, 40, 6, 30), make_block(40, 80, 3, 160)
+    x, parameters = torch.randn(3, 40, 6, 30, dtype=dtype), make_block(40, 80, 3, 160)
     x[0, 3, 2, 2], x[2, 5, 3, 20] = torch.nan, torch.inf
     images = block(x, parameters).isfinite().all(1)
     assert images[1].all() and not images[0, 2, 2] and not images[2, 3, 20]
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
     maps, parameters = torch.randn(2, 41, 30, 8), make_downsample(8, 200, 16)
     stem_parameters = make_stem(8, 16, 16, 64, 24)
     x, block_parameters = torch.randn(2, 48, 20, 17), make_block(48, 96, 3, 192)
+    maps, x = maps.to(dtype), x.to(dtype)
     few = x[:, :, :2, :3]
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
@@ -257,7 +318,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 def test_other_dtypes_are_refused():
     with pytest.raises(RuntimeError, match='stem: x must be a float32 CPU tensor'):
-        stem(torch.randn(1, 4, 4, 3).bfloat16(), *make_stem(3, 4, 4, 8, 4))
+        stem(torch.randn(1, 4, 4, 3).half(), *make_stem(3, 4, 4, 8, 4))
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -286,7 +347,7 @@ def test_shapes_that_do_not_fit_are_refused():
         ('in_proj_weight', 1, r'block: weight must have shape \(out, 6\), but has \[12, 5\]'),
         ('conv_bias', 0, r'depthwise_conv: bias must have shape \(12\), but has \[11\]'),
         ('x_proj_weight', 0, 'block: the mixer.s parameters do not fit each other'),
-        ('x_proj_weight', 1, r'linear: weight must have shape \(out, 12\), but has \[4, 11\]'),
+        ('x_proj_weight', 1, r'block: weight must have shape \(out, 12\), but has \[4, 11\]'),
         ('dt_proj_weight', 0, 'block: the mixer.s parameters do not fit each other'),
         ('dt_bias', 0, 'block: the mixer.s parameters do not fit each other'),
         ('A_log', 0, 'block: the mixer.s parameters do not fit each other'),
@@ -304,11 +365,9 @@ def test_shapes_that_do_not_fit_are_refused():
 def test_parameters_of_a_block_that_do_not_fit_are_refused(name, dim, message):
     parameters = make_block(6, 12, 2, 24)
     parameters[name] = parameters[name].narrow(dim, 0, parameters[name].shape[dim] - 1)
-    with pytest.raises(RuntimeError, match=message):
-        block(torch.randn(2, 6, 3, 4), parameters)
-    # The messages are PyTorch's where the products are.
-    with pytest.raises(RuntimeError):
-        block(torch.randn(2, 6, 3, 4).bfloat16(), parameters)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(RuntimeError, match=message):
+            block(torch.randn(2, 6, 3, 4, dtype=dtype), parameters)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
@@ -320,11 +379,21 @@ def test_blocks_have_no_gradients(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('capability', ['default', 'avx2', 'avx512'])
-def test_on_other_instruction_sets(capability):
-    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': capability}
-    if capability != 'default' and capability.upper() not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip(f'needs a CPU with {capability.upper()}')
+@pytest.mark.parametrize(
+    'name, variable, value',
+    [
+        ('baseline', 'ATEN_CPU_CAPABILITY', 'default'),
+        ('avx2', 'ATEN_CPU_CAPABILITY', 'avx2'),
+        ('avx512', 'ATEN_CPU_CAPABILITY', 'avx512'),
+        ('avx512_bf16', 'ONEDNN_MAX_CPU_ISA', 'AVX512_CORE_BF16'),
+    ],
+)
+def test_on_other_instruction_sets(name, variable, value):
+    environment = {**os.environ, variable: value}
+    code = 'import torch; from mmspatialmamba import ops; print(torch.ops.mmspatialmamba_native.instruction_set())'
+    chosen = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+    if chosen.stdout.strip() != name:
+        pytest.skip(f'needs a CPU with {name.upper()}')
     others = ('biased_gelu', 'gated_layer_norm', 'linear')
     files = [__file__, *(f'{os.path.dirname(__file__)}/test_{op}.py' for op in others)]
     command = [sys.executable, '-m', 'pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *files]

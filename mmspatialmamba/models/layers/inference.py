@@ -97,7 +97,7 @@ def _without_autograd(function: Callable) -> Callable:
 
 
 def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work, which is computed in float32."""
+    """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work, computed in float32."""
     weight, bias = layer.conv.weight, layer.conv.bias
     if bias is None:
         bias = weight.new_zeros(len(weight))
