@@ -38,7 +38,7 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def(
       "gelu_linear_backward(Tensor grad, Tensor x, Tensor gelu_bias, Tensor weight, Tensor bias) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
-  // For inference alone: no autograd, float32, blocks in bfloat16 too, on the CPU.
+  // For inference alone: no autograd, in float32 or bfloat16 as x is, on the CPU.
   m.def(
       "stem(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor "
       "weight4, Tensor bias4, Tensor weight5, Tensor bias5) -> Tensor");

@@ -299,6 +299,25 @@ def test_special_values_stay_where_they_are_used(dtype):
     assert images[1].all() and not images[0, 2, 2] and not images[2, 3, 20]
 
 
+def test_products_in_turn_with_pytorchs():
+    """AMX has to be set up for each, and may not be left as it was."""
+    x, weight, kernel = (
+        torch.randn(1, 64, 20, 9).bfloat16(),
+        torch.randn(96, 20, 9).bfloat16(),
+        torch.randn(33, 64, 3, 3),
+    )
+    parameters = make_block(64, 70, 3, 90)
+    calls = [
+        lambda: F.linear(x.flatten(2), weight.flatten(1)),
+        lambda: F.conv2d(x, kernel.bfloat16()),
+        lambda: block(x, parameters),
+    ]
+    expected = [call() for call in calls]
+    assert relative_error(expected[0], F.linear(x.flatten(2).double(), weight.flatten(1).double())) < 1e-2
+    for i in (0, 2, 0, 2, 1, 2, 1, 0, 2, 2, 1):
+        assert torch.equal(calls[i](), expected[i])
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     maps, parameters = torch.randn(2, 41, 30, 8), make_downsample(8, 200, 16)
