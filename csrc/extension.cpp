@@ -39,9 +39,11 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "gelu_linear_backward(Tensor grad, Tensor x, Tensor gelu_bias, Tensor weight, Tensor bias) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
   // For inference alone: no autograd, in float32 or bfloat16 as x is, on the CPU.
+  // Convolutions come with their BatchNorm: weight, bias, running mean and variance, or nothing.
   m.def(
-      "stem(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3, Tensor "
-      "weight4, Tensor bias4, Tensor weight5, Tensor bias5) -> Tensor");
+      "stem(Tensor x, Tensor weight1, Tensor? bias1, Tensor[] norm1, float eps1, Tensor weight2, Tensor? bias2, Tensor[] "
+      "norm2, float eps2, Tensor weight3, Tensor? bias3, Tensor[] norm3, float eps3, Tensor weight4, Tensor? bias4, "
+      "Tensor[] norm4, float eps4, Tensor weight5, Tensor? bias5, Tensor[] norm5, float eps5) -> Tensor");
   m.def(
       "block(Tensor x, Tensor cpe1_weight, Tensor cpe1_bias, Tensor ln1_weight, Tensor ln1_bias, float ln1_eps, Tensor "
       "in_proj_weight, Tensor conv_weight, Tensor conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, Tensor dt_bias, "
@@ -50,6 +52,7 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "ln2_weight, Tensor ln2_bias, float ln2_eps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor "
       "fc2_bias) -> Tensor");
   m.def(
-      "downsample(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3) "
-      "-> Tensor");
+      "downsample(Tensor x, Tensor weight1, Tensor? bias1, Tensor[] norm1, float eps1, Tensor weight2, Tensor? bias2, "
+      "Tensor[] norm2, float eps2, Tensor weight3, Tensor? bias3, Tensor[] norm3, float eps3) -> Tensor");
+  m.def("layer_norm_planes(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
 }

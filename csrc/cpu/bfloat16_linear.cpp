@@ -133,16 +133,17 @@ ALWAYS_INLINE float to_float(BFloat16 x) {
 
 // 2 * kLanes input channels of kLanes output channels.
 template <class T>
-ALWAYS_INLINE void pack_square(const T* source, int64_t row, BFloat16* target) {
+ALWAYS_INLINE void pack_square(const T* source, int64_t row, const float* scale, BFloat16* target) {
   Vec square[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i, source += row) {
-    if constexpr (sizeof(T) == sizeof(BFloat16)) {
+    if (sizeof(T) == sizeof(BFloat16) && !scale) {
       memcpy(square + i, source, sizeof(Vec));
     } else {
+      const float factor = scale ? scale[i] : 1.f;
       BFloat16 pairs[2 * kLanes];
-      store(pairs, load(source));
-      store(pairs + kLanes, load(source + kLanes));
+      store(pairs, load(source) * factor);
+      store(pairs + kLanes, load(source + kLanes) * factor);
       memcpy(square + i, pairs, sizeof(Vec));
     }
   }
@@ -150,21 +151,24 @@ ALWAYS_INLINE void pack_square(const T* source, int64_t row, BFloat16* target) {
 }
 
 template <class T>
-void pack(const T* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, BFloat16* target,
-          int64_t panel) {
-  const int64_t column = panel * kPanel, width = smaller(kPanel, out - column);
+void pack(const WeightArgs& args, BFloat16* target, int64_t panel) {
+  const int64_t in = args.in, out_step = args.out_step, in_step = args.in_step;
+  const int64_t column = panel * kPanel, width = smaller(kPanel, args.out - column);
+  const T* weight = static_cast<const T*>(args.data) + column * out_step;
+  const float* scale = args.scale ? args.scale + column : nullptr;
   target += panel * kPanel * whole(in);
-  weight += column * out_step;
   int64_t k = 0;
   for (; k + 2 * kLanes <= in && width == kPanel && in_step == 1; k += 2 * kLanes) {
-    pack_square(weight + k, out_step, target + k * kPanel);
-    pack_square(weight + kLanes * out_step + k, out_step, target + k * kPanel + 2 * kLanes);
+    prefetch_weights(weight, out_step, in, k);
+    pack_square(weight + k, out_step, scale, target + k * kPanel);
+    pack_square(weight + kLanes * out_step + k, out_step, scale ? scale + kLanes : nullptr,
+                target + k * kPanel + 2 * kLanes);
   }
   memset(target + k * kPanel, 0, (whole(in) - k) * kPanel * sizeof(BFloat16));
   for (; k < in; ++k) {
     for (int64_t c = 0; c < width; ++c) {
       BFloat16 rounded[kLanes];
-      store(rounded, broadcast(to_float(weight[c * out_step + k * in_step])));
+      store(rounded, broadcast(to_float(weight[c * out_step + k * in_step]) * (scale ? scale[c] : 1.f)));
       target[k / 2 * 2 * kPanel + 2 * c + k % 2] = rounded[0];
     }
   }
@@ -172,10 +176,8 @@ void pack(const T* weight, int64_t out_step, int64_t in_step, int64_t out, int64
 
 }  // namespace
 
-void pack_linear_bfloat16(const void* weight, Type type, int64_t out_step, int64_t in_step, int64_t out, int64_t in,
-                          BFloat16* packed, int64_t panel) {
-  if (type == Type::kFloat) return pack(static_cast<const float*>(weight), out_step, in_step, out, in, packed, panel);
-  pack(static_cast<const BFloat16*>(weight), out_step, in_step, out, in, packed, panel);
+void pack_linear_bfloat16(const WeightArgs& weight, BFloat16* packed, int64_t panel) {
+  (weight.type == Type::kFloat ? pack<float> : pack<BFloat16>)(weight, packed, panel);
 }
 
 void linear_bfloat16(const Args& args) {
@@ -193,6 +195,7 @@ void linear_bfloat16(const Args& args) {
 // rows and a panel; each step loads two tiles of rows and two of weights for four products.
 void linear_amx(const Args& args) {
   constexpr int64_t kRows = 16;
+  if (args.rows == 0) return;  // which no tile may have
   static_assert(kPanel == 2 * kRows && kDepth == 32, "");
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};

@@ -18,31 +18,31 @@ static ALWAYS_INLINE void conv_meetings(int64_t r, int64_t height, const float* 
   }
 }
 
-}  // namespace
-
-void depthwise_conv(const ConvArgs& args, const Map& y, int64_t batch, int64_t block, int64_t first, int64_t last,
-                    float* scratch) {
+// The output is written as T.
+template <class T>
+void convolve(const ConvArgs& args, const Map& y, int64_t batch, int64_t block, int64_t first, int64_t last,
+              float* scratch) {
   const int64_t height = args.height, width = args.width;
   constexpr int kRing = 3;
   alignas(64) float weights[kConvTaps * kBlock], bias[kBlock];
-  copy_block(args.weights, args.dim, kConvTaps, args.dim, block, weights);
+  copy_kernels(args.weights, args.dim, block, weights);
   copy_block(args.bias, 0, 1, args.dim, block, bias);
   float* ring = scratch;
   float* staging = ring + kRing * padded(width);
   const Rows x(args.x, batch, block, args.dim, width, staging);
-  const Rows out(y, batch, block, args.dim, width, staging + width * kBlock);
+  const RowsOf<T> out(y, batch, block, args.dim, width, staging);
   const auto row = [&](int64_t r) { return ring + (r + kRing) % kRing * padded(width); };
   for (int i = 0; i < kRing; ++i) pad_with_zeros(row(i), width);
 
   for (int64_t r = larger(first - 1, 0); r <= last; ++r) {
-    if (r < height) copy_row(x.read(r), width, row(r));
+    if (r < height) x.copy(r, row(r) + kReach * kBlock);
     const int64_t q = r - 1;
     if (q < first) continue;
     const float* sources[kConvLines] = {row(q - 1), row(q), row(q + 1)};
     Meeting meetings[kConvLines];
     int count;
     conv_meetings(q, height, weights, sources, meetings, count);
-    const Row target = out.open(q);
+    const RowOf<T> target = out.open(q);
     const float* centre = row(q) + kReach * kBlock;
     const auto run = [&](auto finish) {
       convolve_row(meetings, count, width, [&](int64_t i, const float* totals) {
@@ -61,13 +61,21 @@ void depthwise_conv(const ConvArgs& args, const Map& y, int64_t batch, int64_t b
   }
 }
 
+}  // namespace
+
+void depthwise_conv(const ConvArgs& args, const Map& y, int64_t batch, int64_t block, int64_t first, int64_t last,
+                    float* scratch) {
+  const bool in_place = holds_block(y, Type::kBFloat16, args.dim, block);
+  (in_place ? convolve<BFloat16> : convolve<float>)(args, y, batch, block, first, last, scratch);
+}
+
 void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& grad_x, float* sums, int64_t batch,
                              int64_t block, float* scratch) {
   const int64_t height = args.height, width = args.width;
   constexpr int kRing = 4;  // rows q - 1 to q + 2
   alignas(64) float weights[kConvTaps * kBlock], mirrored[kConvTaps * kBlock], bias[kBlock];
   alignas(64) float grad_weights[kConvTaps * kBlock] = {}, grad_bias[kBlock] = {};
-  copy_block(args.weights, args.dim, kConvTaps, args.dim, block, weights);
+  copy_kernels(args.weights, args.dim, block, weights);
   copy_block(args.bias, 0, 1, args.dim, block, bias);
   for (int i = 0; i < kConvTaps; ++i) {
     memcpy(mirrored + i * kBlock, weights + (kConvTaps - 1 - i) * kBlock, kBlock * sizeof(float));
@@ -86,14 +94,14 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
   }
 
   for (int64_t entering = 0; entering < height + 2; ++entering) {
-    if (entering < height) copy_row(x.read(entering), width, input_row(entering));
+    if (entering < height) x.copy(entering, input_row(entering) + kReach * kBlock);
     const int64_t r = entering - 1;
     Meeting meetings[kConvLines];
     int count;
     if (r >= 0 && r < height) {
       float* target = grad_row(r) + kReach * kBlock;
-      const Row incoming = g.read(r);
       if (args.finish == Finish::kSilu) {
+        const Row incoming = g.read(r);
         const float* sources[kConvLines] = {input_row(r - 1), input_row(r), input_row(r + 1)};
         conv_meetings(r, height, weights, sources, meetings, count);
         convolve_row(meetings, count, width, [&](int64_t i, const float* totals) {
@@ -105,7 +113,7 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
           }
         });
       } else {
-        copy_row(incoming, width, grad_row(r));
+        g.copy(r, target);
       }
       Vec total[kVecs] = {};
       for (int64_t i = 0; i < width; ++i) {

@@ -1,3 +1,4 @@
+#include "linear.h"
 #include "matrix.h"
 
 namespace mmspatialmamba {
@@ -37,24 +38,63 @@ Moments moments(const float* x, int64_t dim, float eps) {
   return {mean, 1.f / __builtin_sqrtf((sum(squares) + rest) / dim + eps)};
 }
 
+// A row of whole vectors; `scratch` has two pieces.
+void norm_row(const NormArgs& args, int64_t row, float* y, float* scratch) {
+  const int64_t dim = args.dim;
+  const float* x = read(args.x, row, dim, scratch);
+  const float* gate = args.gate.data ? read(args.gate, row, dim, scratch + vectors(dim)) : nullptr;
+  const Moments m = moments(x, dim, args.eps);
+  const auto normed = [&](int64_t c) {
+    return (load(x + c) - m.mean) * m.scale * load(args.weight + c) + load(args.bias + c);
+  };
+  if (gate) {
+    for (int64_t c = 0; c < dim; c += kLanes) store(y + c, normed(c) * load(gate + c) * logistic(load(gate + c)));
+  } else {
+    for (int64_t c = 0; c < dim; c += kLanes) store(y + c, normed(c));
+  }
+}
+
+// Some channels of kBlock pixels, of which `count` are written, from pixels to planes.
+template <class T>
+void write_planes(const float* pixels, int64_t stride, int64_t count, const Matrix& planes, int64_t dim, int64_t first) {
+  alignas(64) float part[kLanes * kPanel];
+  for (int64_t c = 0; c < dim; c += kLanes) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kLanes; ++j) square[j] = load(pixels + (i + j) * stride + c);
+      transpose(square, part);
+      for (int64_t j = 0; j < smaller(kLanes, dim - c); ++j) {
+        T* target = static_cast<T*>(planes.data) + (c + j) * planes.row + first + i;
+        if (i + kLanes <= count) {
+          store(target, load(part + j * kPanel));
+        } else {
+          convert(part + j * kPanel, count - i, target);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void gated_layer_norm(const NormArgs& args, const Matrix& out, int64_t first, int64_t last, float* scratch) {
-  const int64_t dim = args.dim, piece = vectors(dim);
   for (int64_t row = first; row < last; ++row) {
-    const float* x = read(args.x, row, dim, scratch);
-    const float* gate = args.gate.data ? read(args.gate, row, dim, scratch + piece) : nullptr;
-    float* y = open(out, row, dim, scratch + 2 * piece);
-    const Moments m = moments(x, dim, args.eps);
-    const auto normed = [&](int64_t c) {
-      return (load(x + c) - m.mean) * m.scale * load(args.weight + c) + load(args.bias + c);
-    };
-    if (gate) {
-      for (int64_t c = 0; c < dim; c += kLanes) store(y + c, normed(c) * load(gate + c) * logistic(load(gate + c)));
-    } else {
-      for (int64_t c = 0; c < dim; c += kLanes) store(y + c, normed(c));
-    }
-    written(out, row, dim, y);
+    float* y = open(out, row, args.dim, scratch + 2 * vectors(args.dim));
+    norm_row(args, row, y, scratch);
+    written(out, row, args.dim, y);
+  }
+}
+
+void layer_norm_planes(const NormArgs& args, const Matrix& planes, int64_t first, int64_t last, float* scratch) {
+  const int64_t stride = vectors(args.dim) + 16;
+  float* pixels = scratch + 2 * vectors(args.dim);
+  memset(pixels, 0, kBlock * stride * sizeof(float));
+  for (; first < last; first += kBlock) {
+    const int64_t count = smaller(kBlock, last - first);
+    for (int64_t i = 0; i < count; ++i) norm_row(args, first + i, pixels + i * stride, scratch);
+    const bool wide = planes.type == Type::kFloat;
+    (wide ? write_planes<float> : write_planes<BFloat16>)(pixels, stride, count, planes, args.dim, first);
   }
 }
 

@@ -2,6 +2,7 @@
 // between is never written to memory.
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -120,12 +121,45 @@ at::Tensor norm_mlp(const char* op, const at::Tensor& x_, const at::Tensor& norm
   return out;
 }
 
+// A convolution, and in `scale` and `bias`, both floats, what its bias and its BatchNorm do to its output; `scale` is
+// undefined where there is no norm.
+struct ConvLayer {
+  at::Tensor weight, scale, bias;
+
+  // norm: weight, bias, running mean and running variance, or nothing
+  ConvLayer(const char* op, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_, at::TensorList norm,
+            double eps)
+      : weight(weight_) {
+    const int64_t out = weight.size(0);
+    bias = bias_ ? floats(*bias_) : at::zeros({out}, weight.options().dtype(at::kFloat));
+    TORCH_CHECK(bias.sizes() == at::IntArrayRef({out}), op, ": a convolution's bias must have shape (", out,
+                "), but has ", bias.sizes());
+    if (norm.empty()) return;
+    TORCH_CHECK(norm.size() == 4, op, ": a norm must have weight, bias, mean and variance, but has ", norm.size(),
+                " tensors");
+    const at::Tensor parts[] = {floats(norm[0]), floats(norm[1]), floats(norm[2]), floats(norm[3])};
+    for (const at::Tensor& part : parts) {
+      TORCH_CHECK(part.sizes() == bias.sizes(), op, ": a norm's tensors must have shape (", out, "), but one has ",
+                  part.sizes());
+    }
+    const at::Tensor before = bias;
+    scale = at::empty_like(before), bias = at::empty_like(before);
+    float *scales = mutable_data(scale), *biases = mutable_data(bias);
+    for (int64_t c = 0; c < out; ++c) {
+      scales[c] = data(parts[0])[c] / std::sqrt(data(parts[3])[c] + static_cast<float>(eps));
+      biases[c] = data(parts[1])[c] + (data(before)[c] - data(parts[2])[c]) * scales[c];
+    }
+  }
+};
+
 // Tasks compute some hidden channels of some output rows: rows of the input enter the hidden width in the caches, and
 // only what the depthwise convolution leaves of them goes to memory.
 template <class T>
-at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1,
-                      const at::Tensor& weight2, const at::Tensor& bias2, const at::Tensor& weight3,
-                      const at::Tensor& bias3) {
+at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const std::optional<at::Tensor>& bias1,
+                      at::TensorList norm1, double eps1, const at::Tensor& weight2,
+                      const std::optional<at::Tensor>& bias2, at::TensorList norm2, double eps2,
+                      const at::Tensor& weight3, const std::optional<at::Tensor>& bias3, at::TensorList norm3,
+                      double eps3) {
   constexpr int64_t kMap = (1 << 18) / sizeof(T);  // about so many elements of the wide map are in the caches at a time
   constexpr int64_t kHidden = 1 << 22;             // so many of what the convolution leaves are in memory
   constexpr int64_t kPixels = 64;                  // fewest output pixels at a time, where a task has them
@@ -134,11 +168,14 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
   TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, height, width, channels), but has ", x_.sizes());
   const at::Tensor x = checked<T>(op, "x", x_);
   const int64_t batch = x_.size(0), height = x_.size(1), width = x_.size(2), in = x_.size(3);
-  Product<T> narrow(op, weight1.size(0), weight3, bias3);
+  const ConvLayer first(op, weight1, bias1, norm1, eps1), last(op, weight3, bias3, norm3, eps3);
+  Product<T> narrow(op, first.weight.size(0), last.weight.flatten(1), last.bias, Activation::kNone, last.scale);
   const int64_t hidden = narrow.in, out = narrow.out;
+  TORCH_CHECK(hidden > 0, op, ": weight1 must have at least one output channel");
   const int64_t out_height = at::divup(height, 2), out_width = at::divup(width, 2);
-  TORCH_CHECK(weight2.numel() == 9 * hidden && bias2.numel() == hidden, op, ": the depthwise convolution must have ",
+  TORCH_CHECK(weight2.numel() == 9 * hidden && weight2.size(0) == hidden, op, ": the depthwise convolution must have ",
               hidden, " channels, but its weight has shape ", weight2.sizes());
+  const ConvLayer depthwise(op, weight2, bias2, norm2, eps2);
   const at::Tensor result = at::empty({batch, out_height, out_width, out}, x.options());
   if (result.numel() == 0) return result;
 
@@ -148,11 +185,12 @@ at::Tensor downsample(const at::Tensor& x_, const at::Tensor& weight1, const at:
   const int64_t band = std::clamp<int64_t>(kHidden / (out_width * hidden), 1, std::max(share, kBand));
   const int64_t bands = at::divup(out_height, band);
   const int64_t held = std::clamp<int64_t>(kHidden / (band * out_width * hidden), 1, batch * bands);
-  const at::Tensor rows_of_taps = floats(weight2).view({hidden, 9}).t();
+  const at::Tensor kernels_ = floats(weight2).view({hidden, 9}).t();
+  const at::Tensor rows_of_taps = depthwise.scale.defined() ? kernels_ * depthwise.scale : kernels_;
   const at::Tensor taps = at::constant_pad_nd(rows_of_taps, {0, vectors(hidden) - hidden}).contiguous();
-  const at::Tensor bias = padded(bias2), pixels = spaced_matrix<T>(held * band * out_width, hidden, x);
+  const at::Tensor bias = padded(depthwise.bias), pixels = spaced_matrix<T>(held * band * out_width, hidden, x);
   const at::Tensor flat = result.view({-1, out});
-  const Product<T> widen(op, in, weight1, bias1);
+  const Product<T> widen(op, in, first.weight.flatten(1), first.bias, Activation::kNone, first.scale);
   T* kept = mutable_data<T>(pixels);
   const auto first_row = [&](int64_t i) { return i / bands * out_height + std::min(i % bands * band, out_height); };
   for (int64_t start = 0; start < batch * bands; start += held) {
@@ -208,15 +246,14 @@ struct Convolution {
   int64_t in, out, stride;
   Activation activation;
 
-  Convolution(const char* op_, int64_t in_, const at::Tensor& weight, const at::Tensor& bias_, int64_t stride_,
-              Activation activation_)
-      : op(op_), bias(padded(bias_, kWidestPanel)), in(in_), out(weight.size(0)), stride(stride_),
+  Convolution(const char* op_, int64_t in_, const ConvLayer& layer, int64_t stride_, Activation activation_)
+      : op(op_), bias(padded(layer.bias, kWidestPanel)), in(in_), out(layer.weight.size(0)), stride(stride_),
         activation(activation_) {
-    TORCH_CHECK(weight.sizes() == at::IntArrayRef({out, in, 3, 3}) && bias_.sizes() == at::IntArrayRef({out}), op,
-                ": a convolution's weight and bias must have shapes (out, ", in, ", 3, 3) and (out), but have ",
-                weight.sizes(), " and ", bias_.sizes());
+    TORCH_CHECK(layer.weight.sizes() == at::IntArrayRef({out, in, 3, 3}), op,
+                ": a convolution's weight must have shape (out, ", in, ", 3, 3), but has ", layer.weight.sizes());
     for (int64_t i = 0; i < 3; ++i) {
-      rows_of_kernel.emplace_back(op, 3 * in, weight.select(2, i).transpose(1, 2).reshape({out, 3 * in}));
+      const at::Tensor row = layer.weight.select(2, i).transpose(1, 2).reshape({out, 3 * in});
+      rows_of_kernel.emplace_back(op, 3 * in, row, std::nullopt, Activation::kNone, layer.scale);
       rows_of_kernel.back().pack_all();
     }
   }
@@ -272,18 +309,22 @@ struct Convolution {
 };
 
 template <class T>
-at::Tensor stem(const at::Tensor& x_, const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
-                const at::Tensor& bias2, const at::Tensor& weight3, const at::Tensor& bias3, const at::Tensor& weight4,
-                const at::Tensor& bias4, const at::Tensor& weight5, const at::Tensor& bias5) {
+at::Tensor stem(const at::Tensor& x_, const at::Tensor& weight1, const std::optional<at::Tensor>& bias1,
+                at::TensorList norm1, double eps1, const at::Tensor& weight2, const std::optional<at::Tensor>& bias2,
+                at::TensorList norm2, double eps2, const at::Tensor& weight3, const std::optional<at::Tensor>& bias3,
+                at::TensorList norm3, double eps3, const at::Tensor& weight4, const std::optional<at::Tensor>& bias4,
+                at::TensorList norm4, double eps4, const at::Tensor& weight5, const std::optional<at::Tensor>& bias5,
+                at::TensorList norm5, double eps5) {
   const char* op = "stem";
   TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, height, width, channels), but has ", x_.sizes());
   const at::Tensor image = x_.contiguous();
   checked<T>(op, "x", image);
-  const Convolution<T> first(op, x_.size(3), weight1, bias1, 2, Activation::kRelu);
-  const Convolution<T> second(op, first.out, weight2, bias2, 1, Activation::kRelu);
-  const Convolution<T> third(op, second.out, weight3, bias3, 1, Activation::kNone);
-  const Convolution<T> fourth(op, third.out, weight4, bias4, 2, Activation::kRelu);
-  Product<T> last(op, fourth.out, weight5, bias5);
+  const Convolution<T> first(op, x_.size(3), {op, weight1, bias1, norm1, eps1}, 2, Activation::kRelu);
+  const Convolution<T> second(op, first.out, {op, weight2, bias2, norm2, eps2}, 1, Activation::kRelu);
+  const Convolution<T> third(op, second.out, {op, weight3, bias3, norm3, eps3}, 1, Activation::kNone);
+  const Convolution<T> fourth(op, third.out, {op, weight4, bias4, norm4, eps4}, 2, Activation::kRelu);
+  const ConvLayer pointwise(op, weight5, bias5, norm5, eps5);
+  Product<T> last(op, fourth.out, pointwise.weight.flatten(1), pointwise.bias, Activation::kNone, pointwise.scale);
   TORCH_CHECK(third.out == first.out, op, ": weight3 must have ", first.out, " output channels, but has ", third.out);
   const at::Tensor x = first.apply(image);
   return fourth.apply(third.apply(second.apply(x), x), {}, &last);
@@ -333,6 +374,30 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
   return planes(norm_mlp<T>(op, x, ln2_weight, ln2_bias, ln2_eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias));
 }
 
+// LayerNorm over the channels of a map, best in the channels-last memory format, to a contiguous one.
+template <class T>
+at::Tensor layer_norm_planes(const at::Tensor& x_, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const char* op = "layer_norm_planes";
+  TORCH_CHECK(x_.dim() == 4, op, ": x must have shape (batch, channels, height, width), but has ", x_.sizes());
+  const int64_t channels = x_.size(1), pixels = x_.size(2) * x_.size(3);
+  const at::Tensor dense = x_.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor x = checked<T>(op, "x", dense.permute({0, 2, 3, 1}));
+  const RowNorm norm(op, channels, weight, bias, eps);
+  const at::Tensor out = at::empty(x_.sizes(), x_.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  constexpr int64_t kPixels = 64;  // of a task
+  const int64_t pieces = at::divup(pixels, kPixels);
+  T* target = mutable_data<T>(out);
+  parallel_tasks(x_.size(0) * pieces, scratch::layer_norm_planes(channels), [&](int64_t task, float* memory) {
+    const int64_t image = task / pieces, first = task % pieces * kPixels;
+    const NormArgs args{pixels, channels, matrix(data<T>(x, image * pixels), row_of(x)), {}, data(norm.weight),
+                        data(norm.bias), norm.eps};
+    kernels().layer_norm_planes(args, matrix(target + image * channels * pixels, pixels), first,
+                                std::min(first + kPixels, pixels), memory);
+  });
+  return out;
+}
+
 // The function for the first tensor's dtype.
 template <auto kRun, auto kRunBFloat16>
 struct ByDtype;
@@ -355,5 +420,6 @@ TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
   using namespace mmspatialmamba;
   m.impl("stem", ByDtype<stem<float>, stem<BFloat16>>::run);
   m.impl("block", ByDtype<block<float>, block<BFloat16>>::run);
+  m.impl("layer_norm_planes", ByDtype<layer_norm_planes<float>, layer_norm_planes<BFloat16>>::run);
   m.impl("downsample", ByDtype<downsample<float>, downsample<BFloat16>>::run);
 }

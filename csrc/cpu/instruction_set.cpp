@@ -42,14 +42,15 @@ namespace {
 // Whether oneDNN, and so this, may use an instruction set, given part of its name.
 bool is_allowed(const std::string& name) {
   const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
-  std::string allowed = most ? most : "DEFAULT";
+  if (!most) most = std::getenv("DNNL_MAX_CPU_ISA");
+  std::string allowed = most && *most ? most : "DEFAULT";
   for (char& c : allowed) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
   return allowed == "DEFAULT" || allowed == "ALL" || allowed.find(name) != std::string::npos;
 }
 
 bool has_bfloat16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool allowed = is_allowed("BF16") || is_allowed("FP16") || is_allowed("AMX");
+  const bool allowed = is_allowed("BF16") || is_allowed("FP16") || is_allowed("AMX") || is_allowed("AVX10");
   return allowed && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 

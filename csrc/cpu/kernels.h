@@ -21,6 +21,12 @@ struct Map {
   int64_t batch, channel, row, column;
 };
 
+// The fusion's kernels of dilation 1, 3 and 5, and the weight of each.
+struct FusionKernels {
+  const float* of[3];  // (dim, 9) each
+  float alpha[3];
+};
+
 struct ScanArgs {
   int64_t batch, dim, height, width;
   Map u, delta;
@@ -28,7 +34,7 @@ struct ScanArgs {
   const float* B;     // (batch, height * width)
   const float* C;     // (batch, height * width)
   const float* D;     // (dim)
-  const float* taps;  // (kTaps, dim)
+  FusionKernels kernels;
   const float* bias;  // (dim), or null
   bool softplus;
 };
@@ -44,7 +50,7 @@ struct ScanGradients {
 struct FusionArgs {
   int64_t batch, dim, height, width;
   Map h;
-  const float* taps;  // (kTaps, dim)
+  FusionKernels kernels;
 };
 
 struct SelectiveScanArgs {
@@ -62,7 +68,7 @@ enum class Finish { kNone, kSilu, kResidual };
 struct ConvArgs {
   int64_t batch, dim, height, width;
   Map x;
-  const float* weights;  // (9, dim)
+  const float* weights;  // (dim, 9)
   const float* bias;     // (dim)
   Finish finish;
 };
@@ -99,6 +105,15 @@ struct GeluArgs {
 
 // What a product ends with.
 enum class Activation { kNone, kRelu, kGelu };
+
+// A product's weight, (out, in), of floats or bfloat16; steps count elements. What is packed of it is multiplied by a scale
+// for each output channel where there is one.
+struct WeightArgs {
+  const void* data;
+  Type type;
+  int64_t out_step, in_step, out, in;
+  const float* scale;  // (out), or null
+};
 
 // Rows, and the weights that they meet, by pack_linear or pack_linear_bfloat16.
 template <class T>
@@ -174,6 +189,8 @@ struct Kernels {
                                      const float* grad, int64_t y_row, int64_t height, int64_t first, int64_t last,
                                      float* grad_x, float* sums, float* scratch);
   void (*gated_layer_norm)(const NormArgs&, const Matrix& out, int64_t first, int64_t last, float* scratch);
+  // The same without a gate, each channel of the output being a row of `planes`.
+  void (*layer_norm_planes)(const NormArgs&, const Matrix& planes, int64_t first, int64_t last, float* scratch);
   // sums: (2, dim), of weight and bias
   void (*gated_layer_norm_backward)(const NormArgs&, const Matrix& grad, const Matrix& grad_x, const Matrix& grad_gate,
                                     float* sums, int64_t first, int64_t last, float* scratch);
@@ -183,17 +200,14 @@ struct Kernels {
                                float* sums, int64_t first, int64_t last, float* scratch);
   // Output channels that are packed, and computed, together. A multiple of `tile_rows` rows is best.
   int64_t panel, tile_rows;
-  // weight: (out, in), its elements out_step and in_step apart; packed: `in` * kWidestPanel floats for each kWidestPanel
-  // output channels, of which a panel is a part
-  void (*pack_linear)(const float* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, float* packed,
-                      int64_t panel);
+  // Of floats. packed: `in` * kWidestPanel for each kWidestPanel output channels, of which a panel is a part
+  void (*pack_linear)(const WeightArgs&, float* packed, int64_t panel);
   void (*linear)(const LinearArgs<float>&);
   // scratch: `rows` floats for each row and column of y, whole tiles of them
   void (*outer)(const OuterArgs&, float* scratch);
   // The same in bfloat16, from weights of floats or of bfloat16. Sums are floats.
   int64_t tile_rows_bfloat16;
-  void (*pack_linear_bfloat16)(const void* weight, Type type, int64_t out_step, int64_t in_step, int64_t out, int64_t in,
-                               BFloat16* packed, int64_t panel);
+  void (*pack_linear_bfloat16)(const WeightArgs&, BFloat16* packed, int64_t panel);
   void (*linear_bfloat16)(const LinearArgs<BFloat16>&);
 };
 
@@ -204,14 +218,15 @@ namespace scratch {
 inline int64_t rows(int64_t count, int64_t width) { return count * width * kBlock; }
 inline int64_t scan(int64_t width) { return rows(11, width + 10) + rows(3, width); }
 inline int64_t scan_backward(int64_t height, int64_t width) { return rows(height + 11, width + 10) + rows(6, width); }
-inline int64_t fusion(int64_t width) { return rows(11, width + 10) + rows(2, width); }
+inline int64_t fusion(int64_t width) { return rows(11, width + 10) + rows(1, width); }
 inline int64_t fusion_backward(int64_t width) { return rows(22, width + 10) + rows(4, width); }
 inline int64_t selective_scan() { return rows(3, 64); }
 inline int64_t selective_scan_backward(int64_t state) { return rows(6, 64) + rows(2, state); }
-inline int64_t depthwise_conv(int64_t width) { return rows(3, width + 10) + rows(2, width); }
+inline int64_t depthwise_conv(int64_t width) { return rows(3, width + 10) + rows(1, width); }
 inline int64_t depthwise_conv_backward(int64_t width) { return rows(8, width + 10) + rows(3, width); }
 inline int64_t downsampling_conv_backward(int64_t width, int64_t dim) { return (2 * ((width + 1) / 2 + 1) + 10) * dim; }
 inline int64_t gated_layer_norm(int64_t dim) { return 3 * vectors(dim); }
+inline int64_t layer_norm_planes(int64_t dim) { return 2 * vectors(dim) + rows(1, vectors(dim) + 16); }
 inline int64_t gated_layer_norm_backward(int64_t dim) { return 7 * vectors(dim); }
 inline int64_t biased_gelu(int64_t dim) { return 2 * vectors(dim); }
 inline int64_t biased_gelu_backward(int64_t dim) { return 5 * vectors(dim); }

@@ -122,10 +122,13 @@ ALWAYS_INLINE void last_tile(const Args& args, int64_t row, int64_t rows, int64_
 }
 
 // kLanes rows of a matrix, of kLanes floats each, as columns of a panel.
-ALWAYS_INLINE void pack_square(const float* source, int64_t row, float* target) {
+ALWAYS_INLINE void pack_square(const float* source, int64_t row, const float* scale, float* target) {
   Vec square[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) square[i] = load(source + i * row);
+  for (int i = 0; i < kLanes; ++i) {
+    square[i] = load(source + i * row);
+    if (scale) square[i] *= scale[i];
+  }
   transpose(square, target);
 }
 
@@ -143,25 +146,30 @@ ALWAYS_INLINE void gather(const float* source, int64_t row, int64_t rows, int64_
 
 }  // namespace
 
-void pack_linear(const float* weight, int64_t out_step, int64_t in_step, int64_t out, int64_t in, float* packed,
-                 int64_t panel) {
-  const int64_t column = panel * kPanel, width = smaller(kPanel, out - column);
-  for (int64_t first = 0; first < in; first += kChunk) {
-    const int64_t size = smaller(kChunk, in - first);
-    const float* source = weight + column * out_step + first * in_step;
-    float* target = packed + packed_at(out, first, size, panel);
+void pack_linear(const WeightArgs& weight, float* packed, int64_t panel) {
+  const int64_t out_step = weight.out_step, in_step = weight.in_step;
+  const int64_t column = panel * kPanel, width = smaller(kPanel, weight.out - column);
+  const float* scale = weight.scale ? weight.scale + column : nullptr;
+  for (int64_t first = 0; first < weight.in; first += kChunk) {
+    const int64_t size = smaller(kChunk, weight.in - first);
+    const float* source = static_cast<const float*>(weight.data) + column * out_step + first * in_step;
+    float* target = packed + packed_at(weight.out, first, size, panel);
     if (width < kPanel) memset(target, 0, size * kPanel * sizeof(float));
     int64_t k = 0;
     for (; k + kLanes <= size && width == kPanel && in_step == 1; k += kLanes) {
-      pack_square(source + k, out_step, target + k * kPanel);
-      pack_square(source + kLanes * out_step + k, out_step, target + k * kPanel + kLanes);
+      prefetch_weights(source - first, out_step, weight.in, first + k);
+      pack_square(source + k, out_step, scale, target + k * kPanel);
+      pack_square(source + kLanes * out_step + k, out_step, scale ? scale + kLanes : nullptr,
+                  target + k * kPanel + kLanes);
     }
-    for (; k < size && width == kPanel && out_step == 1; ++k) {
+    for (; k < size && width == kPanel && out_step == 1 && !scale; ++k) {
       store(target + k * kPanel, load(source + k * in_step));
       store(target + k * kPanel + kLanes, load(source + k * in_step + kLanes));
     }
     for (; k < size; ++k) {
-      for (int64_t c = 0; c < width; ++c) target[k * kPanel + c] = source[c * out_step + k * in_step];
+      for (int64_t c = 0; c < width; ++c) {
+        target[k * kPanel + c] = source[c * out_step + k * in_step] * (scale ? scale[c] : 1.f);
+      }
     }
   }
 }

@@ -45,20 +45,36 @@ at::Tensor as(const at::Tensor& value, const at::Tensor& like) {
   return result;
 }
 
+struct Fusion {
+  at::Tensor k1, k3, k5, alpha;
+  FusionKernels kernels;
+
+  Fusion(const char* op, int64_t dim, const at::Tensor& k1_, const at::Tensor& k3_, const at::Tensor& k5_,
+         const at::Tensor& alpha_)
+      : k1(floats(k1_)), k3(floats(k3_)), k5(floats(k5_)), alpha(floats(alpha_)) {
+    TORCH_CHECK(k1.numel() == 9 * dim && k3.numel() == 9 * dim && k5.numel() == 9 * dim && alpha.numel() == 3, op,
+                ": k1, k3 and k5 must have 9 elements for each of ", dim, " channels and alpha 3, but they have shapes ",
+                k1.sizes(), ", ", k3.sizes(), ", ", k5.sizes(), " and ", alpha.sizes());
+    const float* a = alpha.const_data_ptr<float>();
+    kernels = {{k1.const_data_ptr<float>(), k3.const_data_ptr<float>(), k5.const_data_ptr<float>()}, {a[0], a[1], a[2]}};
+  }
+};
+
 struct Scan {
   static constexpr const char* kOp = "structure_aware_scan";
-  at::Tensor A, B, C, D, taps;
+  at::Tensor A, B, C, D;
+  Fusion fusion;
   std::optional<at::Tensor> bias;
   ScanArgs args;
 
   Scan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_, const at::Tensor& B_, const at::Tensor& C_,
        const at::Tensor& D_, const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5, const at::Tensor& alpha,
        const std::optional<at::Tensor>& bias_, bool softplus)
-      : A(floats(A_)), B(floats(B_)), C(floats(C_)), D(floats(D_)), taps(merge_taps(k1, k3, k5, alpha)),
+      : A(floats(A_)), B(floats(B_)), C(floats(C_)), D(floats(D_)), fusion(kOp, u.size(1), k1, k3, k5, alpha),
         bias(floats(bias_)) {
     args = {u.size(0), u.size(1), u.size(2), u.size(3), map_of(kOp, "u", u), map_of(kOp, "delta", delta),
             A.const_data_ptr<float>(), B.const_data_ptr<float>(), C.const_data_ptr<float>(), D.const_data_ptr<float>(),
-            taps.const_data_ptr<float>(), data_or_null(bias), softplus};
+            fusion.kernels, data_or_null(bias), softplus};
   }
 };
 
@@ -117,14 +133,20 @@ Tensors11 structure_aware_scan_backward(const at::Tensor& grad, const at::Tensor
           bias ? as(grad_bias, *bias) : at::zeros({args.dim}, A.options())};
 }
 
-FusionArgs fusion_args(const at::Tensor& h, const at::Tensor& taps) {
-  return {h.size(0), h.size(1), h.size(2), h.size(3), map_of("state_fusion", "h", h), taps.const_data_ptr<float>()};
-}
+struct StateFusion : Fusion {
+  static constexpr const char* kOp = "state_fusion";
+  FusionArgs args;
+
+  StateFusion(const at::Tensor& h, const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5,
+              const at::Tensor& alpha)
+      : Fusion(kOp, h.size(1), k1, k3, k5, alpha),
+        args{h.size(0), h.size(1), h.size(2), h.size(3), map_of(kOp, "h", h), kernels} {}
+};
 
 at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5,
                         const at::Tensor& alpha) {
-  const at::Tensor taps = merge_taps(k1, k3, k5, alpha);
-  const FusionArgs args = fusion_args(h, taps);
+  const StateFusion fusion(h, k1, k3, k5, alpha);
+  const FusionArgs& args = fusion.args;
   at::Tensor g = at::empty_like(h, h.options().dtype(at::kFloat));
   if (g.numel() == 0) return g;
   const Map out = map_of("state_fusion", "the output", g);
@@ -136,8 +158,8 @@ at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& k1, const at::Ten
 
 Tensors5 state_fusion_backward(const at::Tensor& grad, const at::Tensor& h, const at::Tensor& k1, const at::Tensor& k3,
                                const at::Tensor& k5, const at::Tensor& alpha) {
-  const at::Tensor taps = merge_taps(k1, k3, k5, alpha);
-  const FusionArgs args = fusion_args(h, taps);
+  const StateFusion fusion(h, k1, k3, k5, alpha);
+  const FusionArgs& args = fusion.args;
   at::Tensor grad_h = at::empty_like(h);
   at::Tensor sums = at::zeros({kTaps, args.batch, args.dim}, h.options().dtype(at::kFloat));
   const Map in = map_of("state_fusion", "the gradient", grad), out = map_of("state_fusion", "h", grad_h);
@@ -214,8 +236,11 @@ struct Conv {
   ConvArgs args;
 
   Conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_, const std::string& finish)
-      : weights(floats(floats(weight).view({x.size(1), 9}).t())), bias(floats(bias_)) {
-    TORCH_CHECK(bias.sizes() == at::IntArrayRef({x.size(1)}), kOp, ": bias must have shape (", x.size(1), "), but has ",
+      : weights(floats(weight)), bias(floats(bias_)) {
+    const int64_t dim = x.size(1);
+    TORCH_CHECK(weights.numel() == 9 * dim, kOp, ": weight must have shape (", dim, ", 1, 3, 3), but has ",
+                weights.sizes());
+    TORCH_CHECK(bias.sizes() == at::IntArrayRef({dim}), kOp, ": bias must have shape (", dim, "), but has ",
                 bias.sizes());
     args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), weights.const_data_ptr<float>(),
             bias.const_data_ptr<float>(), finish_of(finish)};

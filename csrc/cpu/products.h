@@ -129,13 +129,14 @@ struct RowNorm {
 
 template <class T>
 struct Product {
-  at::Tensor weight, bias, packed;
+  at::Tensor weight, scale, bias, packed;
   Activation activation;
   int64_t in, out;
 
+  // The weight is multiplied by a scale, floats, for each output channel if it is defined.
   Product(const char* op, int64_t in_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_ = std::nullopt,
-          Activation activation_ = Activation::kNone)
-      : weight(kIsFloat<T> || weight_.scalar_type() != at::kBFloat16 ? weight_.to(at::kFloat) : weight_),
+          Activation activation_ = Activation::kNone, const at::Tensor& scale_ = {})
+      : weight(kIsFloat<T> || weight_.scalar_type() != at::kBFloat16 ? weight_.to(at::kFloat) : weight_), scale(scale_),
         activation(activation_), in(in_), out(weight_.size(0)) {
     TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
                 weight_.sizes());
@@ -154,13 +155,14 @@ struct Product {
   int64_t depth() const { return kIsFloat<T> ? in : whole(in, kDepth); }
 
   void pack(int64_t first, int64_t channels, T* target, int64_t panel) const {
+    const bool wide = weight.scalar_type() == at::kFloat;
+    const WeightArgs args{wide ? static_cast<const void*>(data(weight, first)) : data<T>(weight, first),
+                          wide ? Type::kFloat : Type::kBFloat16, weight.stride(0), weight.stride(1), channels, in,
+                          data(scale, first)};
     if constexpr (kIsFloat<T>) {
-      kernels().pack_linear(data(weight, first), weight.stride(0), weight.stride(1), channels, in, target, panel);
+      kernels().pack_linear(args, target, panel);
     } else {
-      const bool wide = weight.scalar_type() == at::kFloat;
-      const void* source = wide ? static_cast<const void*>(data(weight, first)) : data<T>(weight, first);
-      kernels().pack_linear_bfloat16(source, wide ? Type::kFloat : Type::kBFloat16, weight.stride(0), weight.stride(1),
-                                     channels, in, target, panel);
+      kernels().pack_linear_bfloat16(args, target, panel);
     }
   }
 

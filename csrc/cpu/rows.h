@@ -82,13 +82,16 @@ static ALWAYS_INLINE void convert(const float* source, int64_t count, BFloat16* 
 }
 
 // Pixel x's channels start at data + x * stride.
-struct Row {
-  float* data;
+template <class T>
+struct RowOf {
+  T* data;
   int64_t stride;
 
   // The row from pixel x on.
-  ALWAYS_INLINE Row at(int64_t x) const { return {data + x * stride, stride}; }
+  ALWAYS_INLINE RowOf at(int64_t x) const { return {data + x * stride, stride}; }
 };
+
+using Row = RowOf<float>;
 
 template <class T>
 static void gather(const T* source, const Map& map, int channels, int64_t width, float* target) {
@@ -119,34 +122,51 @@ static void scatter(const float* source, const Map& map, int channels, int64_t w
   }
 }
 
-// One image and one block of channels of a map, read and written by rows of floats. Where the map holds them in that
-// form they are used in place, else they pass through `staging`, kBlock floats a pixel. Channels that the map does not
-// have are zeros.
-class Rows {
+// Whether all channels of a block lie side by side in a map of this type.
+static inline bool holds_block(const Map& map, Type type, int64_t dim, int64_t block) {
+  return map.type == type && map.channel == 1 && dim - block * kBlock >= kBlock;
+}
+
+// One image and one block of channels of a map, read and written by rows of T. Where the map holds them in that form they
+// are used in place, as it must where T is not float; else they pass through `staging`, kBlock floats a pixel. Channels
+// that the map does not have are zeros.
+template <class T>
+class RowsOf {
  public:
-  Rows(const Map& map, int64_t batch, int64_t block, int64_t dim, int64_t width, float* staging)
+  RowsOf(const Map& map, int64_t batch, int64_t block, int64_t dim, int64_t width, float* staging)
       : map_(map),
         origin_(batch * map.batch + block * kBlock * map.channel),
         width_(width),
         channels_(static_cast<int>(smaller(kBlock, dim - block * kBlock))),
         staging_(staging),
-        direct_(map.type == Type::kFloat && map.channel == 1 && channels_ == kBlock) {}
+        direct_(!kIsFloat || holds_block(map, Type::kFloat, dim, block)) {}
 
-  Row read(int64_t row) const {
+  // A row as kBlock floats a pixel.
+  void copy(int64_t row, float* target) const {
     const int64_t offset = origin_ + row * map_.row;
-    if (direct_) return place(offset);
     switch (map_.type) {
-      case Type::kFloat: gather(at<float>(offset), map_, channels_, width_, staging_); break;
-      case Type::kBFloat16: gather(at<BFloat16>(offset), map_, channels_, width_, staging_); break;
-      case Type::kHalf: gather(at<Half>(offset), map_, channels_, width_, staging_); break;
+      case Type::kFloat: gather(at<float>(offset), map_, channels_, width_, target); break;
+      case Type::kBFloat16: gather(at<BFloat16>(offset), map_, channels_, width_, target); break;
+      case Type::kHalf: gather(at<Half>(offset), map_, channels_, width_, target); break;
     }
-    return {staging_, kBlock};
+  }
+
+  RowOf<T> read(int64_t row) const {
+    if constexpr (kIsFloat) {
+      if (!direct_) {
+        copy(row, staging_);
+        return {staging_, kBlock};
+      }
+    }
+    return place(row);
   }
 
   // Where to write a row; `written` must follow.
-  Row open(int64_t row) const {
-    if (direct_) return place(origin_ + row * map_.row);
-    return {staging_, kBlock};
+  RowOf<T> open(int64_t row) const {
+    if constexpr (kIsFloat) {
+      if (!direct_) return {staging_, kBlock};
+    }
+    return place(row);
   }
 
   void written(int64_t row) const {
@@ -160,9 +180,11 @@ class Rows {
   }
 
  private:
-  template <class T>
-  T* at(int64_t offset) const { return static_cast<T*>(map_.data) + offset; }
-  Row place(int64_t offset) const { return {at<float>(offset), map_.column}; }
+  static constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+
+  template <class U>
+  U* at(int64_t offset) const { return static_cast<U*>(map_.data) + offset; }
+  RowOf<T> place(int64_t row) const { return {at<T>(origin_ + row * map_.row), map_.column}; }
 
   Map map_;
   int64_t origin_, width_;
@@ -171,12 +193,36 @@ class Rows {
   bool direct_;
 };
 
+using Rows = RowsOf<float>;
+
 // A block's part of a parameter, (count, dim) with `stride` floats from one to the next, into (count, kBlock).
 static inline void copy_block(const float* source, int64_t stride, int count, int64_t dim, int64_t block, float* target) {
   const int64_t first = block * kBlock;
   for (int i = 0; i < count; ++i) {
     for (int c = 0; c < kBlock; ++c) {
       target[i * kBlock + c] = source && first + c < dim ? source[i * stride + first + c] : 0.f;
+    }
+  }
+}
+
+// A block's part of the weights of 3x3 kernels, (dim, 9), into (9, kBlock).
+static inline void copy_kernels(const float* source, int64_t dim, int64_t block, float* target) {
+  const int64_t first = block * kBlock;
+  for (int c = 0; c < kBlock; ++c) {
+    for (int i = 0; i < 9; ++i) target[i * kBlock + c] = first + c < dim ? source[(first + c) * 9 + i] : 0.f;
+  }
+}
+
+// A block's part of the fusion's kernels as one, (kTaps, kBlock).
+static inline void merge_kernels(const FusionKernels& kernels, int64_t dim, int64_t block, float* target) {
+  alignas(64) float part[9 * kBlock];
+  memset(target, 0, kTaps * kBlock * sizeof(float));
+  for (int d = 0; d < 3; ++d) {
+    copy_kernels(kernels.of[d], dim, block, part);
+    for (int i = 0; i < 9; ++i) {
+      // The centres are one tap.
+      const int tap = d == 0 || i == 4 ? i : 1 + 8 * d + i - (i > 4);
+      for (int c = 0; c < kBlock; ++c) target[tap * kBlock + c] += kernels.alpha[d] * part[i * kBlock + c];
     }
   }
 }
@@ -189,13 +235,6 @@ static inline void write_block(const float* source, int64_t dim, int64_t block, 
 // Sums are kept for a row at a time and then added up, which rounds less than one long sum.
 static ALWAYS_INLINE void add(const Vec* values, float* sums) {
   for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + values[v]);
-}
-
-// Copies a row behind the left padding of a padded one.
-static inline void copy_row(const Row& source, int64_t width, float* target) {
-  for (int64_t x = 0; x < width; ++x) {
-    memcpy(target + (kReach + x) * kBlock, source.at(x).data, kBlock * sizeof(float));
-  }
 }
 
 static inline void pad_with_edges(float* row, int64_t width) {

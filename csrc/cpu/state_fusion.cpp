@@ -6,16 +6,16 @@ namespace ISA {
 void fusion(const FusionArgs& args, const Map& g, int64_t batch, int64_t block, float* scratch) {
   const int64_t height = args.height, width = args.width;
   alignas(64) float weights[kTaps * kBlock];
-  copy_block(args.taps, args.dim, kTaps, args.dim, block, weights);
+  merge_kernels(args.kernels, args.dim, block, weights);
   float* ring = scratch;
   float* staging = ring + kWindow * padded(width);
   const Rows h(args.h, batch, block, args.dim, width, staging);
-  const Rows out(g, batch, block, args.dim, width, staging + width * kBlock);
+  const Rows out(g, batch, block, args.dim, width, staging);
   const auto row = [&](int64_t r) { return ring + r % kWindow * padded(width); };
 
   for (int64_t r = 0; r < height + kReach; ++r) {
     if (r < height) {
-      copy_row(h.read(r), width, row(r));
+      h.copy(r, row(r) + kReach * kBlock);
       pad_with_edges(row(r), width);
     }
     const int64_t q = r - kReach;
@@ -34,7 +34,7 @@ void fusion_backward(const FusionArgs& args, const Map& grad, const Map& grad_h,
                      int64_t block, float* scratch) {
   const int64_t height = args.height, width = args.width;
   alignas(64) float weights[kTaps * kBlock];
-  copy_block(args.taps, args.dim, kTaps, args.dim, block, weights);
+  merge_kernels(args.kernels, args.dim, block, weights);
   float* states = scratch;
   float* grads = states + kWindow * padded(width);
   float* sum = grads + kWindow * padded(width);
@@ -49,9 +49,9 @@ void fusion_backward(const FusionArgs& args, const Map& grad, const Map& grad_h,
   mirror_lines(weights, mirrored);
   for (int64_t r = 0; r < height + kReach; ++r) {
     if (r < height) {
-      copy_row(h.read(r), width, state_row(r));
+      h.copy(r, state_row(r) + kReach * kBlock);
       pad_with_edges(state_row(r), width);
-      copy_row(g.read(r), width, grad_row(r));
+      g.copy(r, grad_row(r) + kReach * kBlock);
       pad_with_zeros(grad_row(r), width);
     }
     const int64_t q = r - kReach;

@@ -15,20 +15,21 @@ struct Parameters {
     copy_block(args.A, 0, 1, args.dim, block, A);
     copy_block(args.D, 0, 1, args.dim, block, D);
     copy_block(args.bias, 0, 1, args.dim, block, bias);
-    copy_block(args.taps, args.dim, kTaps, args.dim, block, taps);
+    merge_kernels(args.kernels, args.dim, block, taps);
   }
 };
 
 // Asks for pixels of a row ahead of their use; what is written whole is fetched too.
-void prefetch(const Row& row, int64_t first, int64_t count) {
-  constexpr int kLine = 16;
+template <class T>
+void prefetch(const RowOf<T>& row, int64_t first, int64_t count) {
+  constexpr int kLine = 64 / sizeof(T);
   for (int64_t x = first; x < first + count; ++x) {
     for (int c = 0; c < kBlock; c += kLine) __builtin_prefetch(row.at(x).data + c, 0, 2);
   }
 }
 
-template <bool kSoftplus>
-void scan_row(const Row& u, const Row& delta, const float* B, const Parameters& parameters, int64_t width, Vec* state,
+template <bool kSoftplus, class T>
+void scan_row(const RowOf<T>& u, const RowOf<T>& delta, const float* B, const Parameters& parameters, int64_t width, Vec* state,
               float* target) {
   TimeSteps steps;
   for (int64_t first = 0; first < width; first += kChunk) {
@@ -48,9 +49,47 @@ void scan_row(const Row& u, const Row& delta, const float* B, const Parameters& 
   }
 }
 
-void scan_row(const ScanArgs& args, const Row& u, const Row& delta, const float* B, const Parameters& parameters,
-              Vec* state, float* target) {
-  (args.softplus ? scan_row<true> : scan_row<false>)(u, delta, B, parameters, args.width, state, target);
+template <class T>
+void scan_row(const ScanArgs& args, const RowOf<T>& u, const RowOf<T>& delta, const float* B,
+              const Parameters& parameters, Vec* state, float* target) {
+  (args.softplus ? scan_row<true, T> : scan_row<false, T>)(u, delta, B, parameters, args.width, state, target);
+}
+
+// u, delta and y are read and written as T.
+template <class T>
+void scan_as(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, float* scratch) {
+  const int64_t height = args.height, width = args.width;
+  const Parameters parameters(args, block);
+  const float* B = args.B + batch * height * width;
+  const float* C = args.C + batch * height * width;
+  float* ring = scratch;
+  float* staging = ring + kWindow * padded(width);
+  const RowsOf<T> u(args.u, batch, block, args.dim, width, staging);
+  const RowsOf<T> delta(args.delta, batch, block, args.dim, width, staging + width * kBlock);
+  const RowsOf<T> out(y, batch, block, args.dim, width, staging + 2 * width * kBlock);
+  const auto row = [&](int64_t r) { return ring + r % kWindow * padded(width); };
+
+  Vec state[kVecs] = {};
+  for (int64_t r = 0; r < height + kReach; ++r) {
+    if (r >= kReach) prefetch(out.open(r - kReach), 0, width);
+    if (r < height) {
+      scan_row(args, u.read(r), delta.read(r), B + r * width, parameters, state, row(r) + kReach * kBlock);
+      pad_with_edges(row(r), width);
+    }
+    const int64_t q = r - kReach;
+    if (q < 0) continue;
+    Meeting meetings[kNumLines];
+    fusion_meetings(q, height, parameters.taps, row, meetings);
+    const RowOf<T> input = u.read(q), output = out.open(q);
+    convolve_row(meetings, kNumLines, width, [&](int64_t x, const float* fused) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kBlock; c += kLanes) {
+        const Vec skip = load(parameters.D + c) * load(input.at(x).data + c);
+        store(output.at(x).data + c, load(fused + c) * C[q * width + x] + skip);
+      }
+    });
+    out.written(q);
+  }
 }
 
 // What the reverse pass carries from pixel to pixel, and sums up.
@@ -104,38 +143,9 @@ void reverse_row(const Row& u, const Row& delta, const Row& grad_y, const Row& g
 }  // namespace
 
 void scan(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, float* scratch) {
-  const int64_t height = args.height, width = args.width;
-  const Parameters parameters(args, block);
-  const float* B = args.B + batch * height * width;
-  const float* C = args.C + batch * height * width;
-  float* ring = scratch;
-  float* staging = ring + kWindow * padded(width);
-  const Rows u(args.u, batch, block, args.dim, width, staging);
-  const Rows delta(args.delta, batch, block, args.dim, width, staging + width * kBlock);
-  const Rows out(y, batch, block, args.dim, width, staging + 2 * width * kBlock);
-  const auto row = [&](int64_t r) { return ring + r % kWindow * padded(width); };
-
-  Vec state[kVecs] = {};
-  for (int64_t r = 0; r < height + kReach; ++r) {
-    if (r >= kReach) prefetch(out.open(r - kReach), 0, width);
-    if (r < height) {
-      scan_row(args, u.read(r), delta.read(r), B + r * width, parameters, state, row(r) + kReach * kBlock);
-      pad_with_edges(row(r), width);
-    }
-    const int64_t q = r - kReach;
-    if (q < 0) continue;
-    Meeting meetings[kNumLines];
-    fusion_meetings(q, height, parameters.taps, row, meetings);
-    const Row input = u.read(q), output = out.open(q);
-    convolve_row(meetings, kNumLines, width, [&](int64_t x, const float* fused) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kBlock; c += kLanes) {
-        const Vec skip = load(parameters.D + c) * load(input.at(x).data + c);
-        store(output.at(x).data + c, load(fused + c) * C[q * width + x] + skip);
-      }
-    });
-    out.written(q);
-  }
+  const auto in_place = [&](const Map& map) { return holds_block(map, Type::kBFloat16, args.dim, block); };
+  const bool all = in_place(args.u) && in_place(args.delta) && in_place(y);
+  (all ? scan_as<BFloat16> : scan_as<float>)(args, y, batch, block, scratch);
 }
 
 void scan_backward(const ScanArgs& args, const ScanGradients& gradients, int64_t batch, int64_t block, float* scratch) {

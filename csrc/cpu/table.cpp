@@ -18,15 +18,16 @@ void downsampling_conv_bfloat16(const DownsamplingArgs&, const BFloat16* const*,
 void downsampling_conv_backward(const DownsamplingArgs&, const float*, int64_t, const float*, const float*, int64_t,
                                 int64_t, int64_t, int64_t, float*, float*, float*);
 void gated_layer_norm(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
+void layer_norm_planes(const NormArgs&, const Matrix&, int64_t, int64_t, float*);
 void gated_layer_norm_backward(const NormArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                                float*);
 void biased_gelu(const GeluArgs&, const Matrix&, int64_t, int64_t, float*);
 void biased_gelu_backward(const GeluArgs&, const Matrix&, const Matrix&, const Matrix&, float*, int64_t, int64_t,
                           float*);
-void pack_linear(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
+void pack_linear(const WeightArgs&, float*, int64_t);
 void linear(const LinearArgs<float>&);
 void outer(const OuterArgs&, float*);
-void pack_linear_bfloat16(const void*, Type, int64_t, int64_t, int64_t, int64_t, BFloat16*, int64_t);
+void pack_linear_bfloat16(const WeightArgs&, BFloat16*, int64_t);
 void linear_bfloat16(const LinearArgs<BFloat16>&);
 
 extern const Kernels table;
@@ -45,6 +46,7 @@ const Kernels table{NAME(ISA),
                     downsampling_conv_bfloat16,
                     downsampling_conv_backward,
                     gated_layer_norm,
+                    layer_norm_planes,
                     gated_layer_norm_backward,
                     biased_gelu,
                     biased_gelu_backward,

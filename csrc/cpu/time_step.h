@@ -17,8 +17,8 @@ struct TimeSteps {
 };
 
 // dt = softplus(delta + bias) = max(x, 0) + log(1 + z) with z = exp(-|x|), or delta + bias; `delta` holds count pixels.
-template <bool kSoftplus, bool kDerivative>
-static ALWAYS_INLINE void time_steps(const Row& delta, int count, const float* bias, const float* A, TimeSteps& steps) {
+template <bool kSoftplus, bool kDerivative, class T>
+static ALWAYS_INLINE void time_steps(const RowOf<T>& delta, int count, const float* bias, const float* A, TimeSteps& steps) {
   if (kSoftplus) {
     for (int x = 0; x < count; ++x) {
 #pragma GCC unroll 8

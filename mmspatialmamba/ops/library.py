@@ -102,12 +102,13 @@ PRODUCT_FAKES = {
 # For inference, without autograd: see models/layers/inference.py.
 INFERENCE_FAKES = {
     'stem': lambda x, *others: x.new_empty(
-        (x.shape[0], (x.shape[1] + 3) // 4, (x.shape[2] + 3) // 4, others[-1].shape[0])
+        (x.shape[0], (x.shape[1] + 3) // 4, (x.shape[2] + 3) // 4, others[-4].shape[0])
     ),
     'block': lambda x, *others: torch.empty_like(x, memory_format=torch.channels_last),
     'downsample': lambda x, *others: x.new_empty(
-        (x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, others[-1].shape[0])
+        (x.shape[0], (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, others[-4].shape[0])
     ),
+    'layer_norm_planes': lambda x, *others: x.new_empty(x.shape),
 }
 
 _NATIVE_FAKES = {**FAKES, **CPU_FAKES, **PRODUCT_FAKES, **INFERENCE_FAKES}

@@ -15,7 +15,10 @@ from mmspatialmamba import ops
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers import inference
 
-pytestmark = pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+pytestmark = pytest.mark.skipif(
+    'native' not in ops.available_backends() or torch.ops.mmspatialmamba_native.instruction_set() == 'baseline',
+    reason='needs the compiled ops, and a CPU with AVX2',
+)
 SMALL = dict(embed_dims=16, depths=(1, 2, 1, 1))
 
 
@@ -36,7 +39,7 @@ def model():
 def fused(monkeypatch):
     """Names of the layers that were fused."""
     names = []
-    for name in ('block', 'stem', 'downsample'):
+    for name in ('block', 'stem', 'downsample', 'output_norm'):
         function = getattr(inference, name)
         monkeypatch.setattr(inference, name, lambda *args, f=function, n=name: names.append(n) or f(*args))
     return names
@@ -54,6 +57,7 @@ def test_outputs_are_those_of_the_modules(model, fused, size):
     with torch.no_grad():
         outputs = model(image)
     assert fused.count('block') == 5 and fused.count('stem') == 1 and fused.count('downsample') == 3
+    assert fused.count('output_norm') == 4
     assert relative_difference(outputs, expected) < 1e-5
     assert [o.stride() for o in outputs] == [e.stride() for e in expected]
 
@@ -167,6 +171,75 @@ def test_hooks_within_a_layer_are_called(model, fused):
         model(torch.randn(1, 3, 32, 32))
     handle.remove()
     assert fused == []
+
+
+def test_hooks_of_stages_are_called(model, fused):
+    seen = []
+    model.stages[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model.norm2.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert seen == [(1, 32, 4, 4), (1, 2, 2, 64)]
+    assert fused.count('block') == 5 and fused.count('output_norm') == 0
+
+
+@pytest.mark.parametrize('indices, norms', [((1,), 1), ((0, 2), 2), (3, 1)], ids=str)
+def test_some_stages(fused, indices, norms):
+    model, image = SpatialMamba(SMALL, out_indices=indices).eval(), torch.randn(1, 3, 32, 32)
+    expected = [output.detach() for output in model(image)]
+    with torch.no_grad():
+        assert relative_difference(model(image), expected) < 1e-5
+    assert fused.count('output_norm') == norms == len(expected)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def double(module):
+    module.forward = lambda x: type(module).forward(module, x) * 2
+
+
+def set_attribute(module, name, value):
+    setattr(module, name, value)
+
+
+# What does not change the types of the modules within, or not to others.
+CHANGES = {
+    'forward of a convolution': lambda model: double(model.stem.conv1.conv),
+    'forward of a norm': lambda model: double(model.stages[0][0].ln1),
+    'forward of a product': lambda model: double(model.stages[0][0].mlp.fc1),
+    'padding': lambda model: set_attribute(model.stem.conv2[0].conv, 'padding_mode', 'reflect'),
+    'groups': lambda model: set_attribute(
+        model.stem.conv2[0], 'conv', type(model.stem.conv2[0].conv)(8, 8, 3, 1, 1, groups=2, bias=False)
+    ),
+    'BatchNorm': lambda model: set_attribute(model.stem.conv1, 'norm', Doubled(8).eval()),
+    'bias of a product': lambda model: set_attribute(
+        model.stages[0][0].mixer.out_proj, 'bias', nn.Parameter(torch.ones(16))
+    ),
+    'no norm': lambda model: set_attribute(model.stages[0][0], 'ln1', nn.Identity()),
+    'norm without parameters': lambda model: set_attribute(
+        model.stages[0][0], 'ln2', nn.LayerNorm(16, elementwise_affine=False, eps=1.0)
+    ),
+    'no activation': lambda model: delattr(model.stem.conv1, 'act'),
+    'activation': lambda model: model.downsamples[0][2].add_module('act', nn.ReLU()),
+    'output norm': lambda model: set_attribute(model, 'norm0', nn.Identity()),
+    'block': lambda model: model.stages[0].append(nn.GELU()),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_modules_are_called(model, change):
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)
+    CHANGES[change](model)
+    expected = [output.detach() for output in model.eval()(image)]
+    with torch.no_grad():
+        outputs = model(image)
+    assert relative_difference(outputs, expected) < 1e-5
+    assert relative_difference(outputs, before) > 1e-4
 
 
 @pytest.mark.parametrize('grad', [True, False], ids=['grad', ''])

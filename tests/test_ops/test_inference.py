@@ -13,10 +13,7 @@ from mmspatialmamba import ops
 
 pytestmark = [
     pytest.mark.usefixtures('poisoned_memory'),
-    pytest.mark.skipif(
-        'native' not in ops.available_backends() or torch.ops.mmspatialmamba_native.instruction_set() == 'baseline',
-        reason='needs the compiled ops, and a CPU with AVX2',
-    ),
+    pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops'),
 ]
 
 
@@ -27,16 +24,27 @@ def no_grad():
         yield
 
 
-def downsample(*args):
-    return torch.ops.mmspatialmamba_native.downsample(*args)
+def without_norms(parameters):
+    """Weights and biases as the ops take convolutions."""
+    return [
+        part for weight, bias in zip(parameters[::2], parameters[1::2], strict=True) for part in (weight, bias, [], 0.0)
+    ]
 
 
-def stem(*args):
-    return torch.ops.mmspatialmamba_native.stem(*args)
+def downsample(x, *parameters):
+    return torch.ops.mmspatialmamba_native.downsample(x, *without_norms(parameters))
+
+
+def stem(x, *parameters):
+    return torch.ops.mmspatialmamba_native.stem(x, *without_norms(parameters))
 
 
 def block(x, parameters):
     return torch.ops.mmspatialmamba_native.block(x, **parameters)
+
+
+def layer_norm_planes(x, weight, bias, eps=1e-5):
+    return torch.ops.mmspatialmamba_native.layer_norm_planes(x, weight, bias, eps)
 
 
 def make_weight(*shape):
@@ -71,6 +79,22 @@ def exact_stem(x, parameters):
     x = F.conv2d(x.double().permute(0, 3, 1, 2), w1, b1, stride=2, padding=1).relu()
     x = x + F.conv2d(F.conv2d(x, w2, b2, padding=1).relu(), w3, b3, padding=1)
     return F.linear(F.conv2d(x, w4, b4, stride=2, padding=1).relu().permute(0, 2, 3, 1), w5, b5)
+
+
+def make_norm(channels):
+    """A BatchNorm's weight, bias, mean and variance."""
+    return [*torch.randn(3, channels), torch.rand(channels) + 0.5]
+
+
+def folded(weight, bias, norm, eps):
+    """A convolution's weight and bias, float64, that also does its BatchNorm's work."""
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    if not norm:
+        return weight.double(), bias.double()
+    norm_weight, norm_bias, mean, variance = (t.double() for t in norm)
+    scale = norm_weight / (variance + eps).sqrt()
+    return weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)), norm_bias + (bias.double() - mean) * scale
 
 
 def make_block(channels, inner, rank, hidden):
@@ -177,6 +201,67 @@ def test_downsample_in_bfloat16(shape, hidden, out, weights):
     assert relative_error(result, exact_downsample(x, parameters)) < 1e-2
 
 
+@pytest.mark.parametrize('weights', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('channels', [4, 40])
+def test_norms_are_folded(channels, dtype, weights):
+    bound = 3e-6 if (dtype, weights) == (torch.float32,) * 2 else 1e-2
+    for op, exact, parameters in (
+        ('downsample', exact_downsample, make_downsample(channels, 70, 33)),
+        ('stem', exact_stem, make_stem(channels, 9, 33, 40, 50)),
+    ):
+        arguments = []
+        for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+            norm = make_norm(len(weight))
+            for layer in ((weight, None, norm, 1e-5), (weight, bias, norm, 0.1), (weight, None, [], 0.0)):
+                arguments.append(layer)
+        for i in range(3):
+            layers = [
+                (w.to(weights), b if b is None else b.to(weights), [t.to(weights) for t in norm], eps)
+                for w, b, norm, eps in arguments[i::3]
+            ]
+            x = torch.randn(2, 7, 6, channels).to(dtype)
+            out = getattr(torch.ops.mmspatialmamba_native, op)(x, *(part for layer in layers for part in layer))
+            assert out.dtype == dtype
+            expected = exact(x, [part for layer in layers for part in folded(*layer)])
+            assert relative_error(out, expected) < bound, (op, i)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_strided_inputs_and_weights(dtype):
+    """Of pixels, channels or parameters that do not lie side by side the same comes out."""
+    layers = {downsample: make_downsample(40, 66, 33), stem: make_stem(40, 9, 33, 40, 50)}
+    x = torch.randn(2, 7, 6, 40).to(dtype)
+    for op, parameters in layers.items():
+        expected = op(x, *parameters)
+        others = [t.t().contiguous().t() if t.dim() == 2 else torch.stack([t, t], -1)[..., 0] for t in parameters]
+        assert torch.equal(op(x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0), *parameters), expected)
+        assert torch.equal(op(x, *others), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_without_images(dtype):
+    x = torch.randn(0, 4, 6, 8, dtype=dtype)
+    assert downsample(x, *make_downsample(8, 32, 4)).shape == (0, 2, 3, 4)
+    assert stem(x, *make_stem(8, 4, 6, 8, 5)).shape == (0, 1, 2, 5)
+    assert block(x, make_block(4, 8, 1, 16)).shape == x.shape
+    assert layer_norm_planes(x, torch.randn(4), torch.randn(4)).shape == x.shape
+
+
+# Tiles of 32 pixels, of as many channels as a vector has; tasks of 64 pixels.
+@pytest.mark.parametrize('weights', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format], ids=['channels_last', 'contiguous'])
+@pytest.mark.parametrize('shape', [(1, 1, 1, 1), (2, 5, 3, 7), (1, 64, 8, 8), (3, 33, 9, 11), (1, 70, 1, 129)], ids=str)
+def test_layer_norm_planes(shape, layout, dtype, weights):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    weight, bias = (t.to(weights) for t in torch.randn(2, shape[1]))
+    out = layer_norm_planes(x, weight, bias, 1e-2)
+    expected = F.layer_norm(x.double().permute(0, 2, 3, 1), shape[1:2], weight.double(), bias.double(), 1e-2)
+    assert out.dtype == dtype and out.is_contiguous()
+    assert relative_error(out, expected.permute(0, 3, 1, 2)) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
 def test_downsampled_in_parts():
     """What lies between the last two convolutions is more than is kept at a time, within an image and over images."""
     for shape in ((1, 300, 600, 2), (5, 120, 200, 2)):
@@ -271,14 +356,19 @@ def test_block_in_bfloat16(shape, inner, rank, hidden, weights):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('op', ['stem', 'block', 'block of other layout', 'downsample'])
+@pytest.mark.parametrize(
+    'op', ['stem', 'stem with norms', 'block', 'block of other layout', 'downsample', 'layer_norm_planes']
+)
 def test_opcheck(op, dtype):
     x, block_parameters = torch.randn(2, 5, 7, 6), make_block(6, 12, 2, 24).values()
+    weights = make_stem(6, 4, 6, 16, 5)[::2]
     arguments = {
-        'stem': (x, *make_stem(6, 4, 6, 16, 5)),
+        'stem': (x, *without_norms(make_stem(6, 4, 6, 16, 5))),
         'block': (x.permute(0, 3, 1, 2), *block_parameters),
         'block of other layout': (x.permute(0, 3, 1, 2).contiguous(), *block_parameters),
-        'downsample': (x, *make_downsample(6, 32, 4)),
+        'downsample': (x, *without_norms(make_downsample(6, 32, 4))),
+        'stem with norms': (x, *(part for w in weights for part in (w, None, make_norm(len(w)), 1.0))),
+        'layer_norm_planes': (x, torch.randn(5), torch.randn(5), 1e-5),
     }
     tests = ('test_schema', 'test_faketensor')
     name, (x, *parameters) = op.split()[0], arguments[op]
@@ -292,6 +382,8 @@ def test_special_values_stay_where_they_are_used(dtype):
     x[1, 4, 4, 3] = torch.nan
     pixels = downsample(x, *make_downsample(8, 32, 4)).isnan().all(3).nonzero()
     assert pixels.tolist() == [[1, 2, 2]]
+    planes = layer_norm_planes(x.permute(0, 3, 1, 2), torch.randn(8), torch.randn(8)).isnan()
+    assert planes.all(1).nonzero().tolist() == [[1, 4, 4]] and planes.sum() == 8
     assert stem(x, *make_stem(8, 4, 6, 8, 4)).isnan().any(3).any(2).any(1).tolist() == [False, True]
     x, parameters = torch.randn(3, 40, 6, 30, dtype=dtype), make_block(40, 80, 3, 160)
     x[0, 3, 2, 2], x[2, 5, 3, 20] = torch.nan, torch.inf
@@ -300,7 +392,7 @@ def test_special_values_stay_where_they_are_used(dtype):
 
 
 def test_products_in_turn_with_pytorchs():
-    """AMX has to be set up for each, and may not be left as it was."""
+    """AMX has to be set up for each."""
     x, weight, kernel = (
         torch.randn(1, 64, 20, 9).bfloat16(),
         torch.randn(96, 20, 9).bfloat16(),
@@ -313,7 +405,13 @@ def test_products_in_turn_with_pytorchs():
         lambda: block(x, parameters),
     ]
     expected = [call() for call in calls]
-    assert relative_error(expected[0], F.linear(x.flatten(2).double(), weight.flatten(1).double())) < 1e-2
+    exact = (
+        F.linear(x.flatten(2).double(), weight.flatten(1).double()),
+        F.conv2d(x.double(), kernel.bfloat16().double()),
+        exact_block(x, parameters),
+    )
+    for out, truth in zip(expected, exact):
+        assert relative_error(out, truth) < 3e-2
     for i in (0, 2, 0, 2, 1, 2, 1, 0, 2, 2, 1):
         assert torch.equal(calls[i](), expected[i])
 
@@ -324,15 +422,33 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
     stem_parameters = make_stem(8, 16, 16, 64, 24)
     x, block_parameters = torch.randn(2, 48, 20, 17), make_block(48, 96, 3, 192)
     maps, x = maps.to(dtype), x.to(dtype)
-    few = x[:, :, :2, :3]
+    few, norm = x[:, :, :2, :3], torch.randn(2, 48)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         layers = downsample(maps, *parameters), stem(maps, *stem_parameters)
-        results.append((*layers, block(x, block_parameters), block(few, block_parameters)))
+        blocks = block(x, block_parameters), block(few, block_parameters)
+        results.append((*layers, *blocks, layer_norm_planes(x, *norm)))
     torch.set_num_threads(before)
     for one, *others in zip(*results):
         assert all(torch.equal(one, other) for other in others)
+
+
+def test_norms_that_do_not_fit_are_refused():
+    x, (weight, bias, _, _, *rest) = torch.randn(2, 5, 6, 8), without_norms(make_downsample(8, 32, 4))
+    native = torch.ops.mmspatialmamba_native.downsample
+    with pytest.raises(RuntimeError, match=r'downsample: a convolution.s bias must have shape \(32\), but has \[31\]'):
+        native(x, weight, bias[1:], [], 0.0, *rest)
+    with pytest.raises(RuntimeError, match=r'downsample: a norm.s tensors must have shape \(32\), but one has \[31\]'):
+        native(x, weight, bias, [*make_norm(32)[:3], torch.rand(31)], 0.0, *rest)
+    with pytest.raises(RuntimeError, match='downsample: a norm must have weight, bias, mean and variance, but has 3'):
+        native(x, weight, bias, make_norm(32)[:3], 0.0, *rest)
+    with pytest.raises(RuntimeError, match='downsample: weight1 must have at least one output channel'):
+        downsample(x, *make_downsample(8, 0, 4))
+    with pytest.raises(RuntimeError, match=r'layer_norm_planes: a norm.s weight and bias must have shape \(5\), but'):
+        layer_norm_planes(x, torch.randn(5), torch.randn(4))
+    with pytest.raises(RuntimeError, match='layer_norm_planes: x must be a float32 CPU tensor'):
+        layer_norm_planes(x.half(), torch.randn(5), torch.randn(5))
 
 
 def test_other_dtypes_are_refused():
@@ -351,7 +467,7 @@ def test_shapes_that_do_not_fit_are_refused():
     parameters = make_stem(8, 4, 6, 16, 5)
     with pytest.raises(RuntimeError, match=r'stem: x must have shape \(batch, height, width, channels\), but'):
         stem(x[0], *parameters)
-    with pytest.raises(RuntimeError, match=r'must have shapes \(out, 6, 3, 3\) and \(out\), but have \[4, 5, 3, 3\]'):
+    with pytest.raises(RuntimeError, match=r'must have shape \(out, 6, 3, 3\), but has \[4, 5, 3, 3\]'):
         stem(x, *parameters[:4], parameters[4][:, 1:], *parameters[5:])
     with pytest.raises(RuntimeError, match='stem: weight3 must have 4 output channels, but has 3'):
         stem(x, *parameters[:4], *(t[:3] for t in parameters[4:6]), parameters[6][:, :3], *parameters[7:])
@@ -411,6 +527,7 @@ def test_on_other_instruction_sets(name, variable, value):
     environment = {**os.environ, variable: value}
     code = 'import torch; from mmspatialmamba import ops; print(torch.ops.mmspatialmamba_native.instruction_set())'
     chosen = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+    assert chosen.returncode == 0, chosen.stderr[-3000:]
     if chosen.stdout.strip() != name:
         pytest.skip(f'needs a CPU with {name.upper()}')
     others = ('biased_gelu', 'gated_layer_norm', 'linear')

@@ -69,6 +69,19 @@ def test_half_precision_has_a_float32_state(backend, dtype, bound):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dim', [32, 40])
+def test_half_precision_in_either_layout(backend, dim, dtype):
+    """Whole blocks of channels that lie side by side are read and written in place."""
+    inputs = make_inputs(2, dim, 13, 9, dtype)
+    u, delta = (t.contiguous(memory_format=torch.channels_last) for t in inputs[:2])
+    out = run(u, delta, *inputs[2:])
+    assert relative_error(out, truth(*(t.double() for t in inputs))) < (2**-8 if dtype == torch.bfloat16 else 2**-11)
+    if backend == 'native':
+        assert torch.equal(out, run(*inputs))
+        assert torch.equal(out, run(u, *inputs[1:]))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing_inside(backend, dtype):
     leaves = [t.requires_grad_() for t in make_inputs(2, 3, 9, 8)]
     expected = run(*leaves)

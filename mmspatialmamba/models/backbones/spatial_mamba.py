@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmspatialmamba.registry import SCOPE, register_model
 
-from ..layers import Downsample, SpatialMambaBlock, Stem
+from ..layers import Downsample, SpatialMambaBlock, Stem, inference
 from ..utils import from_upstream, is_upstream
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -246,6 +246,21 @@ class SpatialMamba(BaseModule):
 
         return lambda: load
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether all layers are as they were built, with parameters of a dtype."""
+        containers = self.stages, *self.stages, self.downsamples
+        layers = (
+            (self.stem, Stem),
+            *((layer, Downsample) for layer in self.downsamples),
+            *((layer, SpatialMambaBlock) for stage in self.stages for layer in stage),
+        )
+        norms = (getattr(self, f'norm{i}') for i in self.out_indices)
+        return (
+            all(inference.is_untouched(container, (nn.ModuleList, nn.Sequential)) for container in containers)
+            and all(type(layer) is own_type and layer.is_plain(dtype) for layer, own_type in layers)
+            and all(inference.is_plain(norm, inference.BUILT_LAYER_NORM, dtype) for norm in norms)
+        )
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
 
@@ -256,7 +271,10 @@ class SpatialMamba(BaseModule):
             tuple[Tensor]: One contiguous (batch, embed_dims * 2^i, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) map for each
             stage i, counted from 0.
         """
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if inference.can_fuse(self, x):
+            return inference.backbone(self, x)
+        x = self.stem(x)
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i > 0:
@@ -264,5 +282,7 @@ class SpatialMamba(BaseModule):
             x = self.stages[i](x)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
-                outs.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
+                outs.append(
+                    norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+                )
         return tuple(outs)

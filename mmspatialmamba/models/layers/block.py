@@ -70,6 +70,7 @@ class SpatialMambaBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         layers = (type(self), StructureAwareSSM, MLP, Linear, DropPath)
         self._own_types = (*layers, nn.Conv2d, nn.LayerNorm, nn.ParameterList, nn.Identity)
+        self._built = inference.as_built(self, self._own_types)
 
     def _add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``x + drop_path(y)``; in one pass over memory where stochastic depth scales whole samples of ``y``."""
@@ -78,8 +79,12 @@ class SpatialMambaBlock(nn.Module):
             return x + self.drop_path(y)
         return torch.addcmul(x, y, self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)))
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether the block is as it was built, with parameters of a dtype."""
+        return inference.is_plain(self, self._built, dtype)
+
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if inference.can_fuse(self, x, self._own_types, casts=False):
+        if inference.can_fuse(self, x, casts=False):
             return inference.block(self, x)
         x = depthwise_conv(x, self.cpe1.weight, self.cpe1.bias, 'residual').permute(0, 2, 3, 1)
         x = self._add(x, self.mixer(x, self.ln1)).permute(0, 3, 1, 2)

@@ -89,12 +89,18 @@ class Stem(nn.Module):
             ConvLayer(half, wide, 3, stride=2, norm_cfg=norm_cfg),
             ConvLayer(wide, embed_dims, 1, norm_cfg=norm_cfg, act=False),
         )
+        self._built = inference.as_built(self, (Stem, *_OWN_TYPES))
+
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether the stem is as it was built, with parameters of a dtype."""
+        if not inference.is_plain(self, self._built, dtype):
+            return False
+        convs = (layer.conv for layer in (self.conv1, *self.conv2, self.conv3[0]))
+        return inference.has_geometry(convs, (2, 1, 1, 2))
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if inference.can_fuse(self, x, (Stem, *_OWN_TYPES)):
-            convs = (layer.conv for layer in (self.conv1, *self.conv2, self.conv3[0]))
-            if inference.has_geometry(convs, (2, 1, 1, 2)):
-                return inference.stem(self, x)
+        if inference.can_fuse(self, x):
+            return inference.stem(self, x)
         x = self.conv1(x)
         return self.conv3(x + self.conv2(x))
 
@@ -121,10 +127,18 @@ class Downsample(nn.Sequential):
             ConvLayer(wide, channels * 2, 1, bias=True, norm_cfg=norm_cfg, act=False),
         )
         self.with_cp = with_cp
+        self._built = inference.as_built(self, (Downsample, *_OWN_TYPES))
+
+    def _has_geometry(self) -> bool:
+        return inference.has_geometry([self[1].conv], (2,), depthwise=True)
+
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether the layer is as it was built, with parameters of a dtype."""
+        return inference.is_plain(self, self._built, dtype) and self._has_geometry()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to (batch, 2 * channels, ceil(height / 2), ceil(width / 2))."""
-        if inference.can_fuse(self, x, (Downsample, *_OWN_TYPES)) and inference.has_geometry([self[1].conv], (2,)):
+        if inference.can_fuse(self, x):
             return inference.downsample(self, x)
         return recompute(self, self._forward, x) if self.with_cp else self._forward(x)
 
@@ -134,6 +148,6 @@ class Downsample(nn.Sequential):
         if not all(inference.is_untouched(module, _OWN_TYPES) for module in left_out):
             return super().forward(x)
         x, parameters = widen.conv(x), (depthwise.conv.weight, depthwise.conv.bias)
-        if fuses_downsampling(x, *parameters) and inference.has_geometry([depthwise.conv], (2,)):
+        if fuses_downsampling(x, *parameters) and self._has_geometry():
             return narrow(downsampling_conv(x, *parameters))
         return narrow(depthwise(widen.act(x)))

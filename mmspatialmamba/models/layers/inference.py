@@ -17,10 +17,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmspatialmamba.ops.backend import fuses_layers
 
 
-def _is_own(module: nn.Module, own_types: tuple[type, ...]) -> bool:
-    """Whether a module is of one of its own types and has no hooks of its own."""
-    return type(module) in own_types and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _is_original(module: nn.Module) -> bool:
+    """Whether a module has no hooks of its own and its class's ``forward``."""
+    # Asked of all modules before each forward pass. By nn.Module's way to look attributes up it takes twice as long.
+    own = module.__dict__
+    return not (
+        own['_forward_hooks']
+        or own['_forward_pre_hooks']
+        or own['_backward_hooks']
+        or own['_backward_pre_hooks']
+        or 'forward' in own
     )
 
 
@@ -31,21 +37,59 @@ def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
         module (nn.Module): The module, without what it contains.
         own_types (tuple[type]): Its types.
     """
-    return _is_own(module, own_types) and not nn.modules.module._has_any_global_hook()
+    return type(module) in own_types and _is_original(module) and not nn.modules.module._has_any_global_hook()
 
 
-def _is_plain(module: nn.Module, own_types: tuple[type, ...], dtype: torch.dtype) -> bool:
-    """Whether a module is as it was built, see above, with parameters of a dtype."""
-    if nn.modules.module._has_any_global_hook():
-        return False
-    for m in module.modules():
-        foldable = isinstance(m, _BatchNorm) and m.track_running_stats and m.affine
-        if m.training or not _is_own(m, (type(m),) if foldable else own_types):
+def _is_foldable(norm: nn.Module) -> bool:
+    """Whether a norm is a BatchNorm that a convolution's weights can do the work of."""
+    known = _BatchNorm.forward, nn.SyncBatchNorm.forward
+    return isinstance(norm, _BatchNorm) and norm.affine and norm.track_running_stats and type(norm).forward in known
+
+
+# What a module and those within are, in the order in which they are found: types, or _BatchNorm for all that are, and
+# numbers of parameters.
+Built = tuple[tuple[type, int], ...]
+BUILT_LAYER_NORM: Built = ((nn.LayerNorm, 2),)
+
+
+def as_built(module: nn.Module, own_types: tuple[type, ...]) -> Built:
+    """What :func:`is_plain` compares a module with, taken when it was just built; nothing if it can't be computed here.
+
+    Args:
+        module (nn.Module): The module.
+        own_types (tuple[type]): Types of it and of the modules within, but for BatchNorm.
+    """
+    built, modules = [], [module]
+    for m in modules:
+        if not isinstance(m, _BatchNorm) and type(m) not in own_types:
+            return ()
+        count = sum(parameter is not None for parameter in m._parameters.values())
+        built.append((_BatchNorm if isinstance(m, _BatchNorm) else type(m), count))
+        modules += m._modules.values()
+    return tuple(built)
+
+
+def is_plain(module: nn.Module, built: Built, dtype: torch.dtype) -> bool:
+    """Whether a module is as it was built, see above, but for global hooks.
+
+    Args:
+        module (nn.Module): The module.
+        built (Built): What :func:`as_built` said of it.
+        dtype (torch.dtype): What its parameters must have.
+    """
+    modules = [module]
+    for m, (kind, count) in zip(modules, built):
+        if (_BatchNorm if _is_foldable(m) else type(m)) is not kind or m.training or not _is_original(m):
             return False
-        for parameter in m._parameters.values():
-            if parameter is not None and parameter.dtype != dtype:
-                return False
-    return True
+        for parameter in m.__dict__['_parameters'].values():
+            if parameter is not None:
+                count -= 1
+                if parameter.dtype is not dtype:
+                    return False
+        if count:
+            return False
+        modules += m.__dict__['_modules'].values()
+    return len(modules) == len(built)
 
 
 def _dtypes(x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -55,32 +99,44 @@ def _dtypes(x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     return x.dtype, x.dtype
 
 
-def can_fuse(module: nn.Module, x: torch.Tensor, own_types: tuple[type, ...], casts: bool = True) -> bool:
-    """Whether to compute a layer by this module's functions, in float32 or bfloat16.
+def parameters_dtype(x: torch.Tensor, casts: bool = True) -> torch.dtype | None:
+    """The dtype of plain layers' parameters for which to compute them by this module's functions; None if not at all.
 
     Args:
-        module (nn.Module): The layer.
-        x (Tensor): Its input.
-        own_types (tuple[type]): Types of the layer and of the modules within, but for BatchNorm.
+        x (Tensor): The first layer's input.
         casts (bool): Whether the output has autocast's dtype also where x has another. Defaults to True.
     """
-    if torch.is_grad_enabled():
-        return False
+    if torch.is_grad_enabled() or nn.modules.module._has_any_global_hook():
+        return None
     dtype, parameters = _dtypes(x)
-    if dtype not in (torch.float32, torch.bfloat16) or not (casts or dtype == x.dtype):
-        return False
-    return fuses_layers(x) and _is_plain(module, own_types, parameters)
+    known = dtype in (torch.float32, torch.bfloat16) and (casts or dtype == x.dtype)
+    return parameters if known and fuses_layers(x) else None
 
 
-def has_geometry(convs: Iterable[nn.Conv2d], strides: tuple[int, ...]) -> bool:
-    """Whether 3x3 convolutions have these strides, a padding of 1 and no dilation, as the ops take them to have.
+def can_fuse(layer: nn.Module, x: torch.Tensor, casts: bool = True) -> bool:
+    """Whether to compute a layer, which has a method ``is_plain(dtype)``, by this module's functions.
+
+    Args:
+        layer (nn.Module): The layer.
+        x (Tensor): Its input.
+        casts (bool): See :func:`parameters_dtype`.
+    """
+    dtype = parameters_dtype(x, casts)
+    return dtype is not None and layer.is_plain(dtype)
+
+
+def has_geometry(convs: Iterable[nn.Conv2d], strides: tuple[int, ...], depthwise: bool = False) -> bool:
+    """Whether 3x3 convolutions have these strides, a padding of 1 zero and no dilation, as the ops take them to have.
 
     Args:
         convs (Iterable[nn.Conv2d]): The convolutions.
         strides (tuple[int]): Their strides.
+        depthwise (bool): Whether each channel must be a group of its own, or all one. Defaults to False.
     """
     return all(
         (conv.stride, conv.padding, conv.dilation) == ((stride, stride), (1, 1), (1, 1))
+        and conv.padding_mode == 'zeros'
+        and conv.groups == (conv.out_channels if depthwise else 1)
         for conv, stride in zip(convs, strides)
     )
 
@@ -96,17 +152,23 @@ def _without_autograd(function: Callable) -> Callable:
     return run
 
 
-def _folded(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a ConvLayer's convolution that also does its BatchNorm's work, computed in float32."""
-    weight, bias = layer.conv.weight, layer.conv.bias
-    if bias is None:
-        bias = weight.new_zeros(len(weight))
-    if not hasattr(layer, 'norm'):
-        return weight, bias
-    norm = layer.norm
-    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-    # Products of two dtypes take PyTorch several times as long as a conversion.
-    return weight.float() * scale.view(-1, 1, 1, 1), norm.bias + (bias - norm.running_mean) * scale
+def _weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A module's parameters, found several times as fast as by its attributes."""
+    parameters = module._parameters
+    return parameters['weight'], parameters['bias']
+
+
+def _conv_layers(layers: Iterable[nn.Module]) -> list:
+    """For each ConvLayer its convolution's weight and bias, its BatchNorm's tensors and what that adds to variances."""
+    arguments = []
+    for layer in layers:
+        arguments += _weight_and_bias(layer.conv)
+        if 'norm' not in layer._modules:
+            arguments += [], 0.0
+            continue
+        norm = layer.norm
+        arguments += [*_weight_and_bias(norm), norm.running_mean, norm.running_var], norm.eps
+    return arguments
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
@@ -117,31 +179,55 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
 @_without_autograd
 def stem(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Stem`'s output for (batch, in_channels, height, width)."""
-    *layers, last = module.conv1, *module.conv2, *module.conv3
-    weight, bias = _folded(last)
-    parameters = [tensor for layer in layers for tensor in _folded(layer)]
-    x = torch.ops.mmspatialmamba_native.stem(_pixels(x), *parameters, weight.flatten(1), bias)
-    return x.permute(0, 3, 1, 2)
+    layers = _conv_layers((module.conv1, *module.conv2, *module.conv3))
+    return torch.ops.mmspatialmamba_native.stem(_pixels(x), *layers).permute(0, 3, 1, 2)
 
 
 @_without_autograd
 def downsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`Downsample`'s output for (batch, channels, height, width)."""
-    parameters = [tensor.flatten(1) if tensor.dim() > 1 else tensor for layer in module for tensor in _folded(layer)]
-    return torch.ops.mmspatialmamba_native.downsample(_pixels(x), *parameters).permute(0, 3, 1, 2)
+    return torch.ops.mmspatialmamba_native.downsample(_pixels(x), *_conv_layers(module)).permute(0, 3, 1, 2)
 
 
 @_without_autograd
 def block(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A :class:`SpatialMambaBlock`'s output for (batch, channels, height, width)."""
-    cpe1, ln1, mixer, cpe2, ln2, mlp = module.cpe1, module.ln1, module.mixer, module.cpe2, module.ln2, module.mlp
-    conv, out_norm, fc1, fc2 = mixer.conv, mixer.out_norm, mlp.fc1, mlp.fc2
+    inside = module._modules
+    mixer, mlp, ln1, ln2 = inside['mixer'], inside['mlp']._modules, inside['ln1'], inside['ln2']
+    parts, own = mixer._modules, mixer._parameters
+    in_proj, x_proj, dt_proj, out_proj = (
+        parts[name]._parameters['weight'] for name in ('in_proj', 'x_proj', 'dt_proj', 'out_proj')
+    )
     return torch.ops.mmspatialmamba_native.block(
         x,
-        *(cpe1.weight, cpe1.bias, ln1.weight, ln1.bias, ln1.eps),
-        *(mixer.in_proj.weight, conv.weight, conv.bias, mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_bias),
-        *(mixer.A_log, mixer.D, *mixer.fusion_kernels, mixer.fusion_alpha),
-        *(out_norm.weight, out_norm.bias, out_norm.eps, mixer.out_proj.weight),
-        *(cpe2.weight, cpe2.bias, ln2.weight, ln2.bias, ln2.eps),
-        *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+        *(*_weight_and_bias(inside['cpe1']), *_weight_and_bias(ln1), ln1.eps),
+        *(in_proj, *_weight_and_bias(parts['conv']), x_proj, dt_proj, own['dt_bias']),
+        *(own['A_log'], own['D'], *parts['fusion_kernels']._parameters.values(), own['fusion_alpha']),
+        *(*_weight_and_bias(parts['out_norm']), parts['out_norm'].eps, out_proj),
+        *(*_weight_and_bias(inside['cpe2']), *_weight_and_bias(ln2), ln2.eps),
+        *(*_weight_and_bias(mlp['fc1']), *_weight_and_bias(mlp['fc2'])),
     )
+
+
+@_without_autograd
+def output_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the channels of a (batch, channels, height, width) map, as a contiguous one."""
+    return torch.ops.mmspatialmamba_native.layer_norm_planes(x, *_weight_and_bias(norm), norm.eps)
+
+
+@_without_autograd
+def backbone(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A :class:`SpatialMamba`'s outputs for (batch, in_channels, height, width).
+
+    To look once whether its layers can be computed in this way takes a fraction of the time that it takes them all.
+    """
+    x, outs = stem(module.stem, x), []
+    for i, stage in enumerate(module.stages):
+        if i > 0:
+            x = downsample(module.downsamples[i - 1], x)
+        for layer in stage:
+            x = block(layer, x)
+        if i in module.out_indices:
+            outs.append(output_norm(getattr(module, f'norm{i}'), x))
+        if i == module.out_indices[-1]:
+            return tuple(outs)
