@@ -330,6 +330,28 @@ at::Tensor stem(const at::Tensor& x_, const at::Tensor& weight1, const std::opti
   return fourth.apply(third.apply(second.apply(x), x), {}, &last);
 }
 
+// A channel of pixels, (batch, height, width, channels), as a map of floats.
+template <class T>
+at::Tensor column_map(const at::Tensor& pixels, int64_t channel) {
+  using Element = std::conditional_t<kIsFloat<T>, float, at::BFloat16>;
+  const at::Tensor map = at::empty({pixels.size(0), 1, pixels.size(1), pixels.size(2)}, pixels.options().dtype(at::kFloat));
+  const int64_t channels = pixels.size(3);
+  const Element* source = pixels.const_data_ptr<Element>() + channel;
+  float* target = mutable_data(map);
+  at::parallel_for(0, map.numel(), 1 << 14, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) target[i] = source[i * channels];
+  });
+  return map;
+}
+
+// -exp(t) as a vector of floats.
+at::Tensor negative_exp(const at::Tensor& t_) {
+  const at::Tensor t = floats(t_), result = at::empty({t.numel()}, t.options());
+  const float* source = data(t);
+  std::transform(source, source + t.numel(), mutable_data(result), [](float x) { return -std::exp(x); });
+  return result;
+}
+
 template <class T>
 at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::Tensor& cpe1_bias,
                  const at::Tensor& ln1_weight, const at::Tensor& ln1_bias, double ln1_eps,
@@ -363,9 +385,8 @@ at::Tensor block(const at::Tensor& x_, const at::Tensor& cpe1_weight, const at::
     u = depthwise_conv(planes(u), conv_weight, conv_bias, "silu");
     const at::Tensor projected = product_of<T>(op, pixels(u), x_proj_weight);
     y = product_of<T>(op, projected.narrow(3, 0, rank), dt_proj_weight);
-    const auto map_of = [&](int64_t i) { return planes(projected.narrow(3, rank + i, 1)); };
-    structure_aware_scan_to(planes(y), u, planes(y), at::exp(A_log.to(at::kFloat)).neg_(), map_of(0), map_of(1), D, k1, k3,
-                            k5, alpha, dt_bias, true);
+    structure_aware_scan_to(planes(y), u, planes(y), negative_exp(A_log), column_map<T>(projected, rank),
+                            column_map<T>(projected, rank + 1), D, k1, k3, k5, alpha, dt_bias, true);
   }
   x = gated_output<T>(op, y, x, ln1_weight, ln1_bias, ln1_eps, in_proj_weight.narrow(0, inner, inner), out_norm_weight,
                       out_norm_bias, out_norm_eps, out_proj_weight);

@@ -21,9 +21,15 @@ struct Map {
   int64_t batch, channel, row, column;
 };
 
+// 3x3 kernels, (dim, 9), of floats or bfloat16.
+struct Kernels3x3 {
+  const void* data;
+  Type type;
+};
+
 // The fusion's kernels of dilation 1, 3 and 5, and the weight of each.
 struct FusionKernels {
-  const float* of[3];  // (dim, 9) each
+  Kernels3x3 of[3];
   float alpha[3];
 };
 
@@ -68,8 +74,8 @@ enum class Finish { kNone, kSilu, kResidual };
 struct ConvArgs {
   int64_t batch, dim, height, width;
   Map x;
-  const float* weights;  // (dim, 9)
-  const float* bias;     // (dim)
+  Kernels3x3 weights;
+  const float* bias;  // (dim)
   Finish finish;
 };
 

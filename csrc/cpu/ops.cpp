@@ -45,18 +45,27 @@ at::Tensor as(const at::Tensor& value, const at::Tensor& like) {
   return result;
 }
 
+// What Kernels3x3 can hold as it is, else as floats.
+at::Tensor dense_kernels(const at::Tensor& t) {
+  return t.scalar_type() == at::kBFloat16 && t.is_contiguous() ? t : floats(t);
+}
+
+Kernels3x3 kernels3x3(const at::Tensor& t) {
+  return {t.const_data_ptr(), t.scalar_type() == at::kFloat ? Type::kFloat : Type::kBFloat16};
+}
+
 struct Fusion {
   at::Tensor k1, k3, k5, alpha;
   FusionKernels kernels;
 
   Fusion(const char* op, int64_t dim, const at::Tensor& k1_, const at::Tensor& k3_, const at::Tensor& k5_,
          const at::Tensor& alpha_)
-      : k1(floats(k1_)), k3(floats(k3_)), k5(floats(k5_)), alpha(floats(alpha_)) {
+      : k1(dense_kernels(k1_)), k3(dense_kernels(k3_)), k5(dense_kernels(k5_)), alpha(floats(alpha_)) {
     TORCH_CHECK(k1.numel() == 9 * dim && k3.numel() == 9 * dim && k5.numel() == 9 * dim && alpha.numel() == 3, op,
                 ": k1, k3 and k5 must have 9 elements for each of ", dim, " channels and alpha 3, but they have shapes ",
                 k1.sizes(), ", ", k3.sizes(), ", ", k5.sizes(), " and ", alpha.sizes());
     const float* a = alpha.const_data_ptr<float>();
-    kernels = {{k1.const_data_ptr<float>(), k3.const_data_ptr<float>(), k5.const_data_ptr<float>()}, {a[0], a[1], a[2]}};
+    kernels = {{kernels3x3(k1), kernels3x3(k3), kernels3x3(k5)}, {a[0], a[1], a[2]}};
   }
 };
 
@@ -236,13 +245,13 @@ struct Conv {
   ConvArgs args;
 
   Conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_, const std::string& finish)
-      : weights(floats(weight)), bias(floats(bias_)) {
+      : weights(dense_kernels(weight)), bias(floats(bias_)) {
     const int64_t dim = x.size(1);
     TORCH_CHECK(weights.numel() == 9 * dim, kOp, ": weight must have shape (", dim, ", 1, 3, 3), but has ",
                 weights.sizes());
     TORCH_CHECK(bias.sizes() == at::IntArrayRef({dim}), kOp, ": bias must have shape (", dim, "), but has ",
                 bias.sizes());
-    args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), weights.const_data_ptr<float>(),
+    args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), kernels3x3(weights),
             bias.const_data_ptr<float>(), finish_of(finish)};
   }
 };

@@ -205,12 +205,18 @@ static inline void copy_block(const float* source, int64_t stride, int count, in
   }
 }
 
-// A block's part of the weights of 3x3 kernels, (dim, 9), into (9, kBlock).
-static inline void copy_kernels(const float* source, int64_t dim, int64_t block, float* target) {
+template <class T>
+static inline void copy_kernels(const T* source, int64_t dim, int64_t block, float* target) {
   const int64_t first = block * kBlock;
   for (int c = 0; c < kBlock; ++c) {
-    for (int i = 0; i < 9; ++i) target[i * kBlock + c] = first + c < dim ? source[(first + c) * 9 + i] : 0.f;
+    for (int i = 0; i < 9; ++i) target[i * kBlock + c] = first + c < dim ? to_float(source[(first + c) * 9 + i]) : 0.f;
   }
+}
+
+// A block's part of 3x3 kernels, into (9, kBlock).
+static inline void copy_kernels(const Kernels3x3& kernels, int64_t dim, int64_t block, float* target) {
+  if (kernels.type == Type::kFloat) return copy_kernels(static_cast<const float*>(kernels.data), dim, block, target);
+  copy_kernels(static_cast<const BFloat16*>(kernels.data), dim, block, target);
 }
 
 // A block's part of the fusion's kernels as one, (kTaps, kBlock).
