@@ -167,7 +167,7 @@ def test_benchmark_ops_with_torch_alone(tmp_path):
     (tmp_path / 'sitecustomize.py').write_text(BLOCK)
     path = f'{tmp_path}{os.pathsep}{ROOT}'
     command = (sys.executable, TOOLS / 'benchmark_ops.py', '--quick', '--threads', 1, '--device', 'cpu')
-    result = run(*command, '--out', tmp_path, '--dtypes', 'float32', PYTHONPATH=path)
+    result = run(*command, '--out', tmp_path, '--dtypes', 'float32', '--from-memory', 1, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     (file,) = tmp_path.glob('ops_*.json')
     record = json.loads(file.read_text())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--layouts', nargs='+', choices=FORMATS, default=['channels_last'], help='default: %(default)s')
     parser.add_argument('--batches', nargs='+', type=int, help='default: 1, on a GPU 1 and 32')
     parser.add_argument('--backends', nargs='+', choices=['native', 'triton', 'torch'], help='default: those there are')
+    parser.add_argument(
+        '--from-memory',
+        type=int,
+        default=0,
+        metavar='MIB',
+        help='let forward passes and their floor take turns on copies of their arrays of so many MiB together, so that '
+        'caches smaller than that hold none of them; default: the same arrays each time',
+    )
     args = parser.parse_args()
     prepare(args)
     on_gpu = args.device == 'cuda'
@@ -95,8 +104,12 @@ def compare(args, batch, dim, size, dtype, layout) -> list[dict]:
     grad = torch.randn_like(inputs[0])
     subjects = {name: partial(fused, name) for name in args.backends} | {'eager': eager}
     a, b, out, other = (torch.empty_like(inputs[0]).normal_() for _ in range(4))
+    copies = args.from_memory * 2**20 // (3 * inputs[0].nbytes)
+    inputs_in_turn = cycle([inputs, *([*(t.clone() for t in inputs[:2]), *inputs[2:]] for _ in range(copies))])
+    arrays_in_turn = cycle([(a, b, out), *(tuple(t.clone() for t in (a, b, out)) for _ in range(copies))])
 
     def floor_of_forward():
+        a, b, out = next(arrays_in_turn)
         torch.add(a, b, out=out)
 
     def floor_of_both():
@@ -106,7 +119,7 @@ def compare(args, batch, dim, size, dtype, layout) -> list[dict]:
 
     def forward(function):
         with torch.no_grad():
-            function(*inputs)
+            function(*next(inputs_in_turn))
 
     def both(function):
         torch.autograd.grad(function(*leaves), leaves, grad)
