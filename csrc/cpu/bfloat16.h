@@ -7,6 +7,18 @@
 namespace mmspatialmamba {
 namespace ISA {
 
+template <class To, class From>
+static ALWAYS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+static ALWAYS_INLINE float to_float(float x) { return x; }
+
+static ALWAYS_INLINE float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
 static ALWAYS_INLINE Vec load(const BFloat16* p) {
   typedef uint16_t Short __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   Short half;

@@ -122,15 +122,6 @@ ALWAYS_INLINE void last_tile(const Args& args, int64_t row, int64_t rows, int64_
   if constexpr (kRows > 1) last_tile<kRows - 1>(args, row, rows, panel);
 }
 
-ALWAYS_INLINE float to_float(float x) { return x; }
-
-ALWAYS_INLINE float to_float(BFloat16 x) {
-  const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
 // 2 * kLanes input channels of kLanes output channels.
 template <class T>
 ALWAYS_INLINE void pack_square(const T* source, int64_t row, const float* scale, BFloat16* target) {
@@ -159,7 +150,7 @@ void pack(const WeightArgs& args, BFloat16* target, int64_t panel) {
   target += panel * kPanel * whole(in);
   int64_t k = 0;
   for (; k + 2 * kLanes <= in && width == kPanel && in_step == 1; k += 2 * kLanes) {
-    prefetch_weights(weight, out_step, in, k);
+    prefetch_weights<2 * kLanes>(weight, out_step, in, k);
     pack_square(weight + k, out_step, scale, target + k * kPanel);
     pack_square(weight + kLanes * out_step + k, out_step, scale ? scale + kLanes : nullptr,
                 target + k * kPanel + 2 * kLanes);

@@ -26,7 +26,7 @@ void convolve(const ConvArgs& args, const Map& y, int64_t batch, int64_t block, 
   constexpr int kRing = 3;
   alignas(64) float weights[kConvTaps * kBlock], bias[kBlock];
   copy_kernels(args.weights, args.dim, block, weights);
-  copy_block(args.bias, 0, 1, args.dim, block, bias);
+  copy_block(args.bias, args.dim, block, bias);
   float* ring = scratch;
   float* staging = ring + kRing * padded(width);
   const Rows x(args.x, batch, block, args.dim, width, staging);
@@ -76,7 +76,7 @@ void depthwise_conv_backward(const ConvArgs& args, const Map& grad, const Map& g
   alignas(64) float weights[kConvTaps * kBlock], mirrored[kConvTaps * kBlock], bias[kBlock];
   alignas(64) float grad_weights[kConvTaps * kBlock] = {}, grad_bias[kBlock] = {};
   copy_kernels(args.weights, args.dim, block, weights);
-  copy_block(args.bias, 0, 1, args.dim, block, bias);
+  copy_block(args.bias, args.dim, block, bias);
   for (int i = 0; i < kConvTaps; ++i) {
     memcpy(mirrored + i * kBlock, weights + (kConvTaps - 1 - i) * kBlock, kBlock * sizeof(float));
   }

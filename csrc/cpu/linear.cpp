@@ -157,7 +157,7 @@ void pack_linear(const WeightArgs& weight, float* packed, int64_t panel) {
     if (width < kPanel) memset(target, 0, size * kPanel * sizeof(float));
     int64_t k = 0;
     for (; k + kLanes <= size && width == kPanel && in_step == 1; k += kLanes) {
-      prefetch_weights(source - first, out_step, weight.in, first + k);
+      prefetch_weights<kLanes>(source - first, out_step, weight.in, first + k);
       pack_square(source + k, out_step, scale, target + k * kPanel);
       pack_square(source + kLanes * out_step + k, out_step, scale ? scale + kLanes : nullptr,
                   target + k * kPanel + kLanes);

@@ -14,13 +14,15 @@ constexpr int64_t kTileRows = 6, kTileRowsBFloat16 = 4;
 #endif
 constexpr int64_t kPanel = 2 * kLanes;
 
-// Asks for what lies 256 bytes behind channel k in a panel's rows of weights, or for the next panel's first: rows are too
-// short for the processor to see them as streams.
-template <class T>
+// Asks for kCount channels that lie 256 bytes behind channel k in a panel's rows of weights, or for the next panel's
+// first: rows are too short for the processor to see them as streams.
+template <int kCount, class T>
 static ALWAYS_INLINE void prefetch_weights(const T* weight, int64_t row, int64_t in, int64_t k) {
   k += 256 / sizeof(T);
   const T* ahead = k < in ? weight + k : weight + kPanel * row + k - in;
-  for (int64_t i = 0; i < kPanel; ++i) __builtin_prefetch(ahead + i * row);
+  for (int64_t i = 0; i < kPanel; ++i) {
+    for (int c = 0; c < kCount; c += 64 / sizeof(T)) __builtin_prefetch(ahead + i * row + c);
+  }
 }
 
 // A square of kLanes rows to one of rows kPanel elements of 32 bits apart.

@@ -81,7 +81,12 @@ struct Scan {
        const std::optional<at::Tensor>& bias_, bool softplus)
       : A(floats(A_)), B(floats(B_)), C(floats(C_)), D(floats(D_)), fusion(kOp, u.size(1), k1, k3, k5, alpha),
         bias(floats(bias_)) {
-    args = {u.size(0), u.size(1), u.size(2), u.size(3), map_of(kOp, "u", u), map_of(kOp, "delta", delta),
+    const int64_t batch = u.size(0), dim = u.size(1), pixels = u.size(2) * u.size(3);
+    TORCH_CHECK(delta.sizes() == u.sizes() && A.numel() == dim && D.numel() == dim && (!bias || bias->numel() == dim), kOp,
+                ": delta must have u's shape ", u.sizes(), " and A, D and delta_bias ", dim, " elements");
+    TORCH_CHECK(B.numel() == batch * pixels && C.numel() == batch * pixels, kOp, ": B and C must have an element for each "
+                "of ", batch, " images and ", pixels, " pixels");
+    args = {batch, dim, u.size(2), u.size(3), map_of(kOp, "u", u), map_of(kOp, "delta", delta),
             A.const_data_ptr<float>(), B.const_data_ptr<float>(), C.const_data_ptr<float>(), D.const_data_ptr<float>(),
             fusion.kernels, data_or_null(bias), softplus};
   }
@@ -190,7 +195,11 @@ struct SelectiveScan {
   SelectiveScan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_, const at::Tensor& B_,
                 const std::optional<at::Tensor>& bias_, bool softplus)
       : A(floats(A_)), B(floats(B_)), bias(floats(bias_)) {
-    args = {u.size(0), u.size(1), u.size(2), A.size(1), map_of(kOp, "u", u), map_of(kOp, "delta", delta),
+    const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
+    TORCH_CHECK(delta.sizes() == u.sizes() && A.size(0) == dim && B.numel() == batch * state * length &&
+                    (!bias || bias->numel() == dim), kOp, ": delta must have u's shape ", u.sizes(), ", A's rows and "
+                "delta_bias's elements be ", dim, " and B have ", state, " rows of ", length, " for each image");
+    args = {batch, dim, length, state, map_of(kOp, "u", u), map_of(kOp, "delta", delta),
             A.const_data_ptr<float>(), B.const_data_ptr<float>(), data_or_null(bias), softplus};
   }
 };

@@ -17,18 +17,6 @@ struct Half {
   uint16_t bits;
 };
 
-template <class To, class From>
-static ALWAYS_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-static ALWAYS_INLINE float to_float(float x) { return x; }
-
-static ALWAYS_INLINE float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-
 // float16 has 5 bits of exponent, of bias 15: moved to their place in a float they lack a factor of 2^112.
 static ALWAYS_INLINE float to_float(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
@@ -195,14 +183,10 @@ class RowsOf {
 
 using Rows = RowsOf<float>;
 
-// A block's part of a parameter, (count, dim) with `stride` floats from one to the next, into (count, kBlock).
-static inline void copy_block(const float* source, int64_t stride, int count, int64_t dim, int64_t block, float* target) {
+// A block's part of a parameter, one float for each channel; zeros where there is none.
+static inline void copy_block(const float* source, int64_t dim, int64_t block, float* target) {
   const int64_t first = block * kBlock;
-  for (int i = 0; i < count; ++i) {
-    for (int c = 0; c < kBlock; ++c) {
-      target[i * kBlock + c] = source && first + c < dim ? source[i * stride + first + c] : 0.f;
-    }
-  }
+  for (int c = 0; c < kBlock; ++c) target[c] = source && first + c < dim ? source[first + c] : 0.f;
 }
 
 template <class T>

@@ -31,7 +31,7 @@ void copy_A(const SelectiveScanArgs& args, int64_t block, int64_t n, float* A) {
 
 void selective_scan(const SelectiveScanArgs& args, float* h, int64_t batch, int64_t block, float* scratch) {
   alignas(64) float bias[kBlock];
-  copy_block(args.bias, 0, 1, args.dim, block, bias);
+  copy_block(args.bias, args.dim, block, bias);
   constexpr int64_t kStaged = kPiece * kBlock;
   TimeSteps steps;
   for (int64_t n = 0; n < args.state; ++n) {
@@ -69,7 +69,7 @@ void selective_scan_backward(const SelectiveScanArgs& args, const float* grad, c
                              const Map& grad_delta, float* grad_A, float* grad_B, float* grad_bias, int64_t batch,
                              int64_t block, float* scratch) {
   alignas(64) float bias[kBlock], A[kBlock];
-  copy_block(args.bias, 0, 1, args.dim, block, bias);
+  copy_block(args.bias, args.dim, block, bias);
   constexpr int64_t kStaged = kPiece * kBlock;
   const auto staging = [&](int i) { return scratch + i * kStaged; };
   float* sums_A = staging(6);

@@ -12,9 +12,9 @@ struct Parameters {
   alignas(64) float taps[kTaps * kBlock];
 
   Parameters(const ScanArgs& args, int64_t block) {
-    copy_block(args.A, 0, 1, args.dim, block, A);
-    copy_block(args.D, 0, 1, args.dim, block, D);
-    copy_block(args.bias, 0, 1, args.dim, block, bias);
+    copy_block(args.A, args.dim, block, A);
+    copy_block(args.D, args.dim, block, D);
+    copy_block(args.bias, args.dim, block, bias);
     merge_kernels(args.kernels, args.dim, block, taps);
   }
 };

@@ -171,21 +171,25 @@ def fuses_elementwise(*tensors: torch.Tensor) -> bool:
 def fuses_layers(*tensors: torch.Tensor | None) -> bool:
     """Whether the next call's backend has layers as one op, and products: native, on a CPU with AVX2 or AVX-512.
 
-    They need at least one channel and one pixel. ``torch.compile``, export and tracing want PyTorch's own.
+    They need at least one channel and one pixel. Export and tracing want PyTorch's own.
     """
     return (
         _HAS_FAST_PRODUCTS
         and all(t is None or (t.device.type == 'cpu' and t.numel()) for t in tensors)
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
         and fuses_elementwise(tensors[0])
     )
 
 
 def has_products(*tensors: torch.Tensor | None) -> bool:
-    """Whether the next call's products are the native backend's: where it has any, for float32 without autocast."""
+    """Whether the next call's products are the native backend's: where it has any, for float32 without autocast.
+
+    ``torch.compile`` fuses PyTorch's own with what is around them.
+    """
     return (
         all(t is None or t.dtype == torch.float32 for t in tensors)
         and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
         and fuses_layers(*tensors)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from mmspatialmamba import ops
 from mmspatialmamba.models import SpatialMamba
@@ -46,7 +48,8 @@ def fused(monkeypatch):
 
 
 def relative_difference(a, b):
-    return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b))
+    """The largest of some tensors; NaN where one has a NaN."""
+    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(a, b, strict=True)]).max().item()
 
 
 @pytest.mark.parametrize('size', [(1, 1), (3, 65), (64, 96), (130, 34)], ids=str)
@@ -240,6 +243,123 @@ def test_changed_modules_are_called(model, change):
         outputs = model(image)
     assert relative_difference(outputs, expected) < 1e-5
     assert relative_difference(outputs, before) > 1e-4
+
+
+def own_ops(graph):
+    targets = (str(node.target) for node in graph.graph.nodes if node.op == 'call_function')
+    return [target.split('.')[1] for target in targets if target.startswith('mmspatialmamba_native.')]
+
+
+@pytest.fixture
+def compiler():
+    """Compiles as ``aot_eager`` does, and keeps the names of each graph's own ops in ``graphs``."""
+
+    def compile_graph(graph, inputs):
+        compile_graph.graphs.append(own_ops(graph))
+        return aot_eager(graph, inputs)
+
+    compile_graph.graphs = []
+    torch._dynamo.reset()
+    yield compile_graph
+    torch._dynamo.reset()
+
+
+FUSED = ['stem', 'block', 'layer_norm_planes']
+FUSED += ['downsample', 'block', 'block', 'layer_norm_planes', *['downsample', 'block', 'layer_norm_planes'] * 2]
+
+
+@pytest.mark.parametrize('mode', ['float32', 'autocast', 'bfloat16'])
+def test_compiled_layers_are_fused(model, compiler, mode):
+    dtype = torch.bfloat16 if mode == 'bfloat16' else torch.float32
+    compiled = torch.compile(model.to(dtype), fullgraph=True, dynamic=True, backend=compiler)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=mode == 'autocast'):
+        counts = []
+        for size in [(2, 3, 64, 48), (3, 3, 70, 33)]:
+            image = torch.randn(size, dtype=dtype)
+            outputs, expected = compiled(image), model(image)
+            counts.append(len(compiler.graphs))
+            assert all(torch.equal(o, e) for o, e in zip(outputs, expected))
+            assert [(o.dtype, o.stride()) for o in outputs] == [(e.dtype, e.stride()) for e in expected]
+    assert compiler.graphs[-1] == FUSED and counts[0] == counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('compiler')
+def test_compiled_by_inductor(model):
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in [(2, 3, 64, 48), (3, 3, 70, 33)]:
+            image = torch.randn(size)
+            assert all(torch.equal(o, e) for o, e in zip(compiled(image), model(image)))
+
+
+def two_stages():
+    torch.manual_seed(0)
+    return SpatialMamba(dict(embed_dims=16, depths=(1, 1)), out_indices=(0, 1)).eval()
+
+
+def test_compiled_layers_that_need_gradients_are_not_fused(compiler):
+    model = two_stages()
+    sum(output.sum() for output in torch.compile(model, backend=compiler)(torch.randn(1, 3, 32, 32))).backward()
+    assert len(compiler.graphs) == 1 and not set(FUSED) & set(compiler.graphs[0])
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('change', [*CHANGES, 'hook', 'training', 'weight'])
+def test_compiled_code_heeds_later_changes(compiler, change):
+    changes = {
+        **CHANGES,
+        'hook': lambda model: model.stages[1][0].ln1.register_forward_hook(lambda module, args, out: out * 2),
+        'training': lambda model: model.stem.conv1.norm.train(),
+        'weight': lambda model: model.stages[1][0].ln1.weight.mul_(2),
+    }
+    model = two_stages()
+    compiled, image = torch.compile(model, backend=compiler), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = compiled(image)
+        assert compiler.graphs[-1].count('block') == 2
+        changes[change](model)
+        outputs, expected = compiled(image), copy.deepcopy(model)(image)
+    assert relative_difference(outputs, expected) < 1e-5
+    assert relative_difference(outputs, before) > 1e-4
+
+
+@pytest.mark.parametrize('strict', [False, True], ids=['non-strict', 'strict'])
+def test_exported_layers_are_not_fused(model, strict):
+    """What is exported runs where this package's inference ops are not."""
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(2, 3, 64, 48),), strict=strict)
+    assert not set(FUSED) & set(own_ops(exported.graph_module))
+
+
+def test_fewer_stages_than_outputs(model):
+    model.stages = model.stages[:2]
+    with torch.no_grad(), pytest.raises(IndexError):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_statistics_taken_away(model, fused):
+    """As test-time adaptation does it: norms then use the images' own."""
+    norm, image = model.stem.conv1.norm, torch.randn(2, 3, 32, 32)
+    norm.running_mean = norm.running_var = None
+    expected = [output.detach() for output in model(image)]
+    with torch.no_grad():
+        assert relative_difference(model(image), expected) < 1e-5
+    assert 'stem' not in fused
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+def test_vmap_over_models(model, fused):
+    models, image = [model, copy.deepcopy(model)], torch.randn(2, 3, 32, 32)
+    nn.init.normal_(models[1].norm1.weight)
+    parameters, buffers = torch.func.stack_module_state(models)
+    with torch.no_grad():
+        run = torch.vmap(lambda *state: torch.func.functional_call(model, state, (image,)))
+        outputs = run(parameters, buffers)
+        assert fused == []
+        for i, one in enumerate(models):
+            assert relative_difference([output[i] for output in outputs], one(image)) < 1e-5
 
 
 @pytest.mark.parametrize('grad', [True, False], ids=['grad', ''])

@@ -57,6 +57,23 @@ def test_half_precision(dtype, bound, finish):
         out = depthwise_conv(*inputs, finish)
         assert out.dtype == dtype
         assert relative_error(out, truth(*(t.double() for t in inputs), finish)) < bound
+        inputs[1] = inputs[1].transpose(2, 3).contiguous().transpose(2, 3)
+        assert torch.equal(depthwise_conv(*inputs, finish), out)
+
+
+@pytest.mark.parametrize('finish', ['none', 'silu'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str)
+def test_gradients_in_half_precision(dtype, bound, memory_format, finish):
+    for dim in (64, 40):
+        leaves = [t.to(dtype).requires_grad_() for t in make_inputs((2, dim, 9, 13), memory_format)]
+        true_leaves = [t.detach().double().requires_grad_() for t in leaves]
+        grad = torch.randn(2, dim, 9, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
+        depthwise_conv(*leaves, finish).backward(grad)
+        truth(*true_leaves, finish).backward(grad.double())
+        for name, leaf, true_leaf in zip(('x', 'weight', 'bias'), leaves, true_leaves):
+            assert leaf.grad.dtype == dtype
+            assert relative_error(leaf.grad, true_leaf.grad) < bound, name
 
 
 def test_second_derivative():

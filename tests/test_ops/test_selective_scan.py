@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_ops.truth import relative_error, sequential_scan
 
+from mmspatialmamba import ops
 from mmspatialmamba.ops import selective_scan
 
 pytestmark = pytest.mark.usefixtures('poisoned_memory')
@@ -128,3 +129,12 @@ def test_bad_input_is_named(change, error, message):
     inputs = {**make_inputs(1, 2, 3, 5), **change}
     with pytest.raises(error, match=f'selective_scan: {message}'):
         selective_scan(**inputs)
+
+
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+@pytest.mark.parametrize('name', ['delta', 'A', 'B', 'delta_bias'])
+def test_the_compiled_op_refuses_what_does_not_fit(name):
+    inputs = make_inputs(2, 3, 2, 4)
+    inputs[name] = inputs[name][..., :-1]
+    with pytest.raises(RuntimeError, match='selective_scan: .* must have'):
+        torch.ops.mmspatialmamba_native.selective_scan(*inputs.values(), True)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from test_ops.truth import dilated_convolutions, relative_error, sequential_scan
 
+from mmspatialmamba import ops
 from mmspatialmamba.ops import structure_aware_scan
 
 pytestmark = pytest.mark.usefixtures('poisoned_memory')
@@ -79,6 +80,7 @@ def test_half_precision_in_either_layout(backend, dim, dtype):
     if backend == 'native':
         assert torch.equal(out, run(*inputs))
         assert torch.equal(out, run(u, *inputs[1:]))
+        assert torch.equal(out, run(u, delta.float(), *inputs[2:]))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
@@ -114,3 +116,12 @@ def test_bad_input_is_named(index, message):
     inputs[index] = inputs[index][..., :0]
     with pytest.raises(ValueError, match=f'structure_aware_scan: {message}'):
         run(*inputs)
+
+
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+@pytest.mark.parametrize('index', [1, 2, 3, 4, 5, 6, 9, 10], ids=lambda index: NAMES[index])
+def test_the_compiled_op_refuses_what_does_not_fit(index):
+    inputs = make_inputs(2, 3, 4, 5)
+    inputs[index] = inputs[index][..., :-1]
+    with pytest.raises(RuntimeError, match='structure_aware_scan: .* must have'):
+        torch.ops.mmspatialmamba_native.structure_aware_scan(*inputs, True)

@@ -27,6 +27,7 @@ def _is_original(module: nn.Module) -> bool:
         or own['_backward_hooks']
         or own['_backward_pre_hooks']
         or 'forward' in own
+        or not hasattr(module, 'forward')  # never; but torch.compile notices by this when one is set later
     )
 
 
@@ -43,7 +44,14 @@ def is_untouched(module: nn.Module, own_types: tuple[type, ...]) -> bool:
 def _is_foldable(norm: nn.Module) -> bool:
     """Whether a norm is a BatchNorm that a convolution's weights can do the work of."""
     known = _BatchNorm.forward, nn.SyncBatchNorm.forward
-    return isinstance(norm, _BatchNorm) and norm.affine and norm.track_running_stats and type(norm).forward in known
+    return (
+        isinstance(norm, _BatchNorm)
+        and norm.affine
+        and norm.track_running_stats
+        and norm.running_mean is not None
+        and norm.running_var is not None
+        and type(norm).forward in known
+    )
 
 
 # What a module and those within are, in the order in which they are found: types, or _BatchNorm for all that are, and
@@ -92,6 +100,12 @@ def is_plain(module: nn.Module, built: Built, dtype: torch.dtype) -> bool:
     return len(modules) == len(built)
 
 
+def _is_transformed() -> bool:
+    """Whether this is called within ``torch.vmap`` or its like, which have no rules for these ops."""
+    # torch.compile does not know "is None" of this.
+    return not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
+
+
 def _dtypes(x: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of a layer's activations and of the parameters that belong to them."""
     if torch.is_autocast_enabled('cpu') and x.dtype in (torch.float32, torch.bfloat16):
@@ -106,7 +120,7 @@ def parameters_dtype(x: torch.Tensor, casts: bool = True) -> torch.dtype | None:
         x (Tensor): The first layer's input.
         casts (bool): Whether the output has autocast's dtype also where x has another. Defaults to True.
     """
-    if torch.is_grad_enabled() or nn.modules.module._has_any_global_hook():
+    if torch.is_grad_enabled() or nn.modules.module._has_any_global_hook() or _is_transformed():
         return None
     dtype, parameters = _dtypes(x)
     known = dtype in (torch.float32, torch.bfloat16) and (casts or dtype == x.dtype)
@@ -142,10 +156,15 @@ def has_geometry(convs: Iterable[nn.Conv2d], strides: tuple[int, ...], depthwise
 
 
 def _without_autograd(function: Callable) -> Callable:
-    """A function whose ops skip autograd's part of PyTorch's dispatcher, a tenth of the time of a 32x32 image."""
+    """A function whose ops skip autograd's part of PyTorch's dispatcher, a tenth of the time of a 32x32 image.
+
+    ``torch.compile`` can't trace that, and skips it all.
+    """
 
     @wraps(function)
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return function(module, x)
         with torch._C._AutoDispatchBelowAutograd():
             return function(module, x)
 
@@ -222,12 +241,11 @@ def backbone(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     To look once whether its layers can be computed in this way takes a fraction of the time that it takes them all.
     """
     x, outs = stem(module.stem, x), []
-    for i, stage in enumerate(module.stages):
+    for i in range(module.out_indices[-1] + 1):
         if i > 0:
             x = downsample(module.downsamples[i - 1], x)
-        for layer in stage:
+        for layer in module.stages[i]:
             x = block(layer, x)
         if i in module.out_indices:
             outs.append(output_norm(getattr(module, f'norm{i}'), x))
-        if i == module.out_indices[-1]:
-            return tuple(outs)
+    return tuple(outs)
