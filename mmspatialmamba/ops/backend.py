@@ -183,13 +183,9 @@ def fuses_layers(*tensors: torch.Tensor | None) -> bool:
 
 
 def has_products(*tensors: torch.Tensor | None) -> bool:
-    """Whether the next call's products are the native backend's: where it has any, for float32 without autocast.
-
-    ``torch.compile`` fuses PyTorch's own with what is around them.
-    """
+    """Whether the next call's products are the native backend's: where it has any, for float32 without autocast."""
     return (
         all(t is None or t.dtype == torch.float32 for t in tensors)
         and not torch.is_autocast_enabled('cpu')
-        and not torch.compiler.is_compiling()
         and fuses_layers(*tensors)
     )

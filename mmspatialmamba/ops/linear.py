@@ -10,7 +10,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """``F.linear(x, weight, bias)``, with the native backend's products for float32 on a CPU with AVX2 or AVX-512.
 
     These are as fast as PyTorch's for many channels, and faster for few. Elsewhere, for other dtypes, under autocast,
-    ``torch.compile``, export and tracing they are PyTorch's.
+    export and tracing they are PyTorch's.
 
     Args:
         x (Tensor): Input, (..., in).

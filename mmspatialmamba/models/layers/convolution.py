@@ -17,7 +17,7 @@ def has_slow_gradient(conv: nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether :class:`ChannelsLastConvolution` is the faster way to train a convolution.
 
     It is for channels-last maps, whose weight gradient oneDNN computes slowly with AVX2, where the native backend has
-    products.
+    products. ``torch.compile`` would unroll its loops.
 
     Args:
         conv (nn.Conv2d): The convolution.
@@ -31,6 +31,7 @@ def has_slow_gradient(conv: nn.Conv2d, x: torch.Tensor) -> bool:
         and conv.padding_mode == 'zeros'
         and not isinstance(conv.padding, str)
         and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.compiler.is_compiling()
         and has_products(x, conv.weight, conv.bias)
     )
 
