@@ -12,7 +12,7 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, fi
     """Depthwise 3x3 convolution of stride 1, zero-padded, and what follows it in a block (Spatial-Mamba, figure 3).
 
     On the CPU the native backend does it in one pass over memory, whatever the strides of ``x``; elsewhere, and with
-    the other backends, it is PyTorch's convolution.
+    the other backends, it is PyTorch's convolution, in float32 on a CPU that has no instructions for its dtype.
 
     Args:
         x (Tensor): Input, (batch, dim, height, width), in either memory format.

@@ -1,15 +1,19 @@
 """The ops in plain PyTorch: the truth every other backend is compared with, and the fallback.
 
-Everything here is differentiable any number of times and computes in float32, or in float64 where an input is float64.
+Everything here is differentiable any number of times. The scans and the fusion compute in float32, or in float64 where
+an input is float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+from .precision import in_fast_precision
 
 _DIRECT_LENGTH = 16
 
@@ -225,7 +229,7 @@ def structure_aware_scan_backward(grad, u, delta, A, B, C, D, k1, k3, k5, alpha,
 
 
 def depthwise_conv(x, weight, bias, finish):
-    out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    out = in_fast_precision(partial(F.conv2d, padding=1, groups=x.shape[1]), x, weight, bias)
     if finish == 'silu':
         return F.silu(out)
     return x + out if finish == 'residual' else out

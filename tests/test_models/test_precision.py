@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from mmspatialmamba.models import SpatialMamba
-from mmspatialmamba.models.layers import precision
 from mmspatialmamba.models.layers.conv import PointwiseConv
+from mmspatialmamba.models.layers.precision import Conv2d, Linear
+from mmspatialmamba.ops import precision
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 def layers():
     return {
-        'linear': (precision.Linear(6, 5), (3, 7, 6)),
-        'convolution': (precision.Conv2d(6, 5, 3, padding=1, bias=False), (2, 6, 7, 4)),
+        'linear': (Linear(6, 5), (3, 7, 6)),
+        'convolution': (Conv2d(6, 5, 3, padding=1, bias=False), (2, 6, 7, 4)),
         'pointwise': (PointwiseConv(6, 5, 1), (2, 6, 7, 4)),
     }
 

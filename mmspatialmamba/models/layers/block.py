@@ -9,10 +9,11 @@ from torch import nn
 from mmspatialmamba.ops import biased_gelu, depthwise_conv, linear
 from mmspatialmamba.ops.backend import fuses_elementwise, has_products
 from mmspatialmamba.ops.linear import gelu_linear
+from mmspatialmamba.ops.precision import in_fast_precision
 
 from . import inference
 from .mixer import StructureAwareSSM
-from .precision import Linear, in_fast_precision
+from .precision import Linear
 from .recompute import Recomputed, feed, recompute
 
 

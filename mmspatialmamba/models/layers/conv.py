@@ -5,9 +5,10 @@ from torch import nn
 
 from mmspatialmamba.ops import linear
 from mmspatialmamba.ops.depthwise_conv import downsampling_conv, fuses_downsampling
+from mmspatialmamba.ops.precision import in_fast_precision
 
 from . import inference
-from .precision import Conv2d, in_fast_precision
+from .precision import Conv2d
 from .recompute import recompute
 
 
