@@ -15,7 +15,12 @@ using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
 using Tensors11 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                              at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+void check_sizes(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.sizes() == sizes, op, ": ", name, " must have shape ", sizes, ", but has ", t.sizes());
+}
+
 Map map_of(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK(t.dim() == 3 || t.dim() == 4, op, ": ", name, " must have 3 or 4 dimensions, but has ", t.dim());
   TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be a CPU tensor as the others are, but is on ", t.device());
   Type type = Type::kFloat;
   if (t.scalar_type() == at::kBFloat16) {
@@ -124,6 +129,7 @@ Tensors11 structure_aware_scan_backward(const at::Tensor& grad, const at::Tensor
                                         const std::optional<at::Tensor>& bias, bool softplus) {
   const Scan scan(u, delta, A, B, C, D, k1, k3, k5, alpha, bias, softplus);
   const ScanArgs& args = scan.args;
+  check_sizes(Scan::kOp, "the gradient", grad, u.sizes());
   at::Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta);
   const auto options = u.options().dtype(at::kFloat);
   at::Tensor partial_B = at::empty({blocks(args.dim), args.batch, args.height * args.width}, options);
@@ -174,6 +180,7 @@ Tensors5 state_fusion_backward(const at::Tensor& grad, const at::Tensor& h, cons
                                const at::Tensor& k5, const at::Tensor& alpha) {
   const StateFusion fusion(h, k1, k3, k5, alpha);
   const FusionArgs& args = fusion.args;
+  check_sizes(StateFusion::kOp, "the gradient", grad, h.sizes());
   at::Tensor grad_h = at::empty_like(h);
   at::Tensor sums = at::zeros({kTaps, args.batch, args.dim}, h.options().dtype(at::kFloat));
   const Map in = map_of("state_fusion", "the gradient", grad), out = map_of("state_fusion", "h", grad_h);
@@ -195,6 +202,8 @@ struct SelectiveScan {
   SelectiveScan(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A_, const at::Tensor& B_,
                 const std::optional<at::Tensor>& bias_, bool softplus)
       : A(floats(A_)), B(floats(B_)), bias(floats(bias_)) {
+    TORCH_CHECK(u.dim() == 3 && A.dim() == 2, kOp, ": u must have 3 dimensions and A 2, but they have shapes ",
+                u.sizes(), " and ", A.sizes());
     const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
     TORCH_CHECK(delta.sizes() == u.sizes() && A.size(0) == dim && B.numel() == batch * state * length &&
                     (!bias || bias->numel() == dim), kOp, ": delta must have u's shape ", u.sizes(), ", A's rows and "
@@ -221,6 +230,8 @@ Tensors5 selective_scan_backward(const at::Tensor& grad, const at::Tensor& h, co
                                  const std::optional<at::Tensor>& bias, bool softplus) {
   const SelectiveScan scan(u, delta, A, B, bias, softplus);
   const SelectiveScanArgs& args = scan.args;
+  check_sizes(SelectiveScan::kOp, "the gradient", grad, {args.batch, args.dim, args.state, args.length});
+  check_sizes(SelectiveScan::kOp, "h", h, grad.sizes());
   const at::Tensor grads = floats(grad), states = floats(h);
   at::Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta);
   const auto options = u.options().dtype(at::kFloat);
@@ -291,6 +302,7 @@ Tensors3 depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, co
                                  const at::Tensor& bias, const std::string& finish) {
   const Conv conv(x, weight, bias, finish);
   const ConvArgs& args = conv.args;
+  check_sizes(Conv::kOp, "the gradient", grad, x.sizes());
   at::Tensor grad_x = at::empty_like(x);
   at::Tensor sums = at::zeros({10, args.batch, args.dim}, x.options().dtype(at::kFloat));
   const Map in = map_of(Conv::kOp, "the gradient", grad), out = map_of(Conv::kOp, "x", grad_x);
@@ -365,6 +377,8 @@ Tensors3 downsampling_conv_backward(const at::Tensor& grad_, const at::Tensor& y
                                     const at::Tensor& weight, const at::Tensor& bias) {
   const DownsamplingConv conv(x, weight, bias);
   const at::Tensor grad = conv.dense("the gradient", grad_), y = conv.dense("y", y_);
+  check_sizes(conv.kOp, "the gradient", grad, {conv.batch, conv.dim, conv.out_height, conv.out_width});
+  check_sizes(conv.kOp, "y", y, grad.sizes());
   const int64_t row = conv.width * conv.dim, out_row = conv.out_width * conv.dim;
   at::Tensor grad_x = at::empty_like(conv.x);
   at::Tensor sums = at::empty({10, conv.batch * conv.bands, conv.dim}, x.options());
@@ -402,6 +416,7 @@ struct Norm {
 
   Norm(const at::Tensor& x_, const at::Tensor& gate_, const at::Tensor& weight_, const at::Tensor& bias_, double eps)
       : x(as_matrix(x_)), gate(gate_.defined() ? as_matrix(gate_) : gate_), weight(padded(weight_)), bias(padded(bias_)) {
+    if (gate.defined()) check_sizes(kOp, "gate", gate_, x_.sizes());
     const Matrix gates = gate.defined() ? matrix_of(kOp, "gate", gate) : Matrix{};
     check_channels(kOp, "weight", weight_, x.size(1));
     check_channels(kOp, "bias", bias_, x.size(1));
@@ -443,6 +458,7 @@ Tensors4 gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, 
                                    const at::Tensor& weight, const at::Tensor& bias, double eps) {
   const Norm norm(x, gate, weight, bias, eps);
   const int64_t rows = norm.args.rows, dim = norm.args.dim;
+  check_sizes(Norm::kOp, "the gradient", grad, x.sizes());
   const at::Tensor grads = as_matrix(grad);
   at::Tensor grad_x = at::empty(x.sizes(), x.options()), grad_gate = at::empty(gate.sizes(), gate.options());
   at::Tensor sums = at::zeros({row_tasks(rows), 2, dim}, x.options().dtype(at::kFloat));
@@ -491,6 +507,7 @@ namespace {
 Tensors2 biased_gelu_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& bias) {
   const Gelu gelu(x, bias);
   const int64_t rows = gelu.args.rows, dim = gelu.args.dim;
+  check_sizes(Gelu::kOp, "the gradient", grad, x.sizes());
   const at::Tensor grads = as_matrix(grad);
   at::Tensor grad_x = at::empty(x.sizes(), x.options());
   at::Tensor sums = at::zeros({row_tasks(rows), dim}, x.options().dtype(at::kFloat));

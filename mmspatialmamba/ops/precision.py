@@ -1,4 +1,4 @@
-"""Products that stay fast and exact in bfloat16 and float16 on processors without such instructions."""
+"""Products in bfloat16 and float16 which are summed in float32 on processors without such instructions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ _SLOW_DTYPES = _slow_dtypes() if torch.backends.mkldnn.is_available() else (torc
 def in_fast_precision(function: Callable, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
     """Apply a product, in float32 where the processor has no instructions for its dtype.
 
+    Autocast leaves float64 as it is.
+
     Args:
         function (Callable): Takes ``x`` and ``parameters``.
         x (Tensor): The input.
@@ -33,7 +35,7 @@ def in_fast_precision(function: Callable, x: torch.Tensor, *parameters: torch.Te
     Returns:
         Tensor: The result, of the dtype that ``function`` would return: autocast's, else x's.
     """
-    if x.device.type != 'cpu':
+    if x.device.type != 'cpu' or x.dtype == torch.float64:
         return function(x, *parameters)
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
     if dtype not in _SLOW_DTYPES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import ops
@@ -76,9 +77,20 @@ def test_when_it_is_used():
     assert not is_used(Conv2d(5, 5, 3, padding=1).double(), x.double())
     with torch.no_grad():
         assert not is_used(conv, x)
-    torch.testing.assert_close(torch.compile(conv, backend='eager', fullgraph=True)(x), conv(x))
     conv.weight.requires_grad_(False)
     assert not is_used(conv, x)
+
+
+def test_compiled_code_has_one_operator_for_the_gradients():
+    conv, x = make((2, 5, 7, 9, 6, 3, 1))
+    compiler = AotEagerAndRecordGraphs()
+    out = torch.compile(conv, backend=compiler, fullgraph=True)(x)
+    torch.testing.assert_close(out, conv(x))
+    grads = [torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in (out, conv(x))]
+    torch.testing.assert_close(*grads)
+    operators = [str(node.target) for node in compiler.bw_graphs[0].graph.nodes]
+    assert operators.count('aten.convolution_backward.default') == 1
+    assert not any('linear_weight_gradient' in operator for operator in operators)
 
 
 def test_only_the_gradients_that_are_needed_are_computed():

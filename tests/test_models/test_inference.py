@@ -353,6 +353,25 @@ def test_statistics_taken_away(model, fused):
     assert 'stem' not in fused
 
 
+@pytest.mark.parametrize('name', ['running_mean', 'running_var'])
+def test_one_statistic_taken_away(model, name):
+    setattr(model.stem.conv1.norm, name, None)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f'{name} must be defined in evaluation mode'):
+        model(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize('layer', ['fc1', 'fc2'])
+@pytest.mark.parametrize('requires_grad', [True, False])
+def test_a_bias_taken_away(model, layer, requires_grad):
+    mlp, image = model.stages[0][0].mlp, torch.randn(1, 3, 32, 32)
+    linear = getattr(mlp, layer)
+    nn.init.zeros_(linear.bias)
+    expected = [output.detach() for output in model(image)]
+    linear.bias = None
+    with torch.set_grad_enabled(requires_grad):
+        assert relative_difference(model(image), expected) < 1e-5
+
+
 @pytest.mark.filterwarnings('ignore:There is a performance drop')
 def test_vmap_over_models(model, fused):
     models, image = [model, copy.deepcopy(model)], torch.randn(2, 3, 32, 32)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers.conv import PointwiseConv
 from mmspatialmamba.models.layers.precision import Conv2d, Linear
-from mmspatialmamba.ops import precision
+from mmspatialmamba.ops import depthwise_conv, precision, use_backend
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -59,6 +60,28 @@ def test_without_instructions_products_run_in_float32(monkeypatch):
     x = torch.ones(2, 3, dtype=torch.bfloat16)
     assert precision.in_fast_precision(product, x, torch.ones(3, 2), None).dtype == torch.bfloat16
     assert seen == [(torch.float32, torch.float32, None)]
+
+
+@pytest.mark.parametrize('finish', ['none', 'silu', 'residual'])
+@pytest.mark.parametrize('dtype', HALF, ids=str)
+def test_depthwise_convolutions(processor, dtype, finish, monkeypatch):
+    seen, convolve = [], F.conv2d
+    monkeypatch.setattr(F, 'conv2d', lambda x, *args, **kwargs: seen.append(x.dtype) or convolve(x, *args, **kwargs))
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 40, 9, 13), torch.randn(40, 1, 3, 3), torch.randn(40)
+    with use_backend('torch'):
+        expected = depthwise_conv(x, weight, bias, finish)
+        out = depthwise_conv(x.to(dtype), weight.to(dtype), bias.to(dtype), finish)
+    assert seen == [torch.float32, torch.float32 if processor else dtype]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=0.1)
+
+
+def test_autocast_leaves_float64_alone(processor):
+    x, weight, bias = (torch.rand(*shape, dtype=torch.float64) for shape in ((1, 4, 5, 6), (4, 1, 3, 3), (4,)))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert depthwise_conv(x, weight, bias).dtype == torch.float64
+        assert Linear(6, 3).double()(x).dtype == torch.float64
 
 
 @pytest.mark.parametrize('dtype', HALF, ids=str)

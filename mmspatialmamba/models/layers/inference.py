@@ -101,8 +101,8 @@ def is_plain(module: nn.Module, built: Built, dtype: torch.dtype) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether this is called within ``torch.vmap`` or its like, which have no rules for these ops."""
-    # torch.compile does not know "is None" of this.
+    """Whether this is called within ``torch.vmap`` or another of functorch's transforms: these ops have no rules."""
+    # torch.compile cannot trace "is None" of what this returns.
     return not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
 
 
