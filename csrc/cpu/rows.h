@@ -276,7 +276,7 @@ static ALWAYS_INLINE void meet_from(const float* pixel, Vec left, Vec middle, Ve
     constexpr bool kLeft = kSource + kDilation < kPixels;
     constexpr bool kRight = kSource - kDilation >= 0;
     if constexpr (kLeft || kRight || (kCentre && kUsed)) {
-      const Vec value = load(pixel + kSource * kBlock);
+      const Vec value = in_register(load(pixel + kSource * kBlock));
       if constexpr (kLeft) total[kSource + kDilation] += left * value;
       if constexpr (kCentre && kUsed) total[kSource] += middle * value;
       if constexpr (kRight) total[kSource - kDilation] += right * value;

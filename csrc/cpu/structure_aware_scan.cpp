@@ -19,34 +19,40 @@ struct Parameters {
   }
 };
 
-// Asks for pixels of a row ahead of their use; what is written whole is fetched too.
+constexpr int kAhead = 16;  // pixels by which the forward pass asks for memory before its use
+
+// Asks for pixels of a row ahead of their use; what is written whole is fetched too. A core can wait for some 16 lines at
+// once and stops at the next, so ask for a few between pieces of arithmetic.
 template <class T>
 void prefetch(const RowOf<T>& row, int64_t first, int64_t count) {
   constexpr int kLine = 64 / sizeof(T);
   for (int64_t x = first; x < first + count; ++x) {
-    for (int c = 0; c < kBlock; c += kLine) __builtin_prefetch(row.at(x).data + c, 0, 2);
+    for (int c = 0; c < kBlock; c += kLine) __builtin_prefetch(row.at(x).data + c, 0, 3);
   }
 }
 
 template <bool kSoftplus, class T>
-void scan_row(const RowOf<T>& u, const RowOf<T>& delta, const float* B, const Parameters& parameters, int64_t width, Vec* state,
+void scan_row(RowOf<T> u, RowOf<T> delta, const float* B, const Parameters& parameters, int64_t width, Vec* state,
               float* target) {
   TimeSteps steps;
+  Vec carry[kVecs];
+  for (int v = 0; v < kVecs; ++v) carry[v] = state[v];
   for (int64_t first = 0; first < width; first += kChunk) {
     const int count = static_cast<int>(smaller(kChunk, width - first));
-    prefetch(u, first + kChunk, kChunk);
-    prefetch(delta, first + kChunk, kChunk);
+    prefetch(delta, first + kAhead, kChunk);
     time_steps<kSoftplus, false>(delta.at(first), count, parameters.bias, parameters.A, steps);
+    prefetch(u, first + kAhead, kChunk);
     for (int x = 0; x < count; ++x) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
         const int c = v * kLanes, i = x * kBlock + c;
         const Vec drive = load(steps.value + i) * B[first + x] * load(u.data + (first + x) * u.stride + c);
-        state[v] = load(steps.decay + i) * state[v] + drive;
-        store(target + (first + x) * kBlock + c, state[v]);
+        carry[v] = load(steps.decay + i) * carry[v] + drive;
+        store(target + (first + x) * kBlock + c, carry[v]);
       }
     }
   }
+  for (int v = 0; v < kVecs; ++v) state[v] = carry[v];
 }
 
 template <class T>
@@ -71,7 +77,6 @@ void scan_as(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, f
 
   Vec state[kVecs] = {};
   for (int64_t r = 0; r < height + kReach; ++r) {
-    if (r >= kReach) prefetch(out.open(r - kReach), 0, width);
     if (r < height) {
       scan_row(args, u.read(r), delta.read(r), B + r * width, parameters, state, row(r) + kReach * kBlock);
       pad_with_edges(row(r), width);
@@ -82,6 +87,7 @@ void scan_as(const ScanArgs& args, const Map& y, int64_t batch, int64_t block, f
     fusion_meetings(q, height, parameters.taps, row, meetings);
     const RowOf<T> input = u.read(q), output = out.open(q);
     convolve_row(meetings, kNumLines, width, [&](int64_t x, const float* fused) {
+      prefetch(output, x + kAhead, 1);
 #pragma GCC unroll 8
       for (int c = 0; c < kBlock; c += kLanes) {
         const Vec skip = load(parameters.D + c) * load(input.at(x).data + c);

@@ -43,6 +43,14 @@ static ALWAYS_INLINE void store(float* p, Vec v) {
   memcpy(p, &v, sizeof(v));
 }
 
+// Keeps a compiler from reading a value anew from memory for each use.
+static ALWAYS_INLINE Vec in_register(Vec v) {
+#if defined(__SSE2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 static ALWAYS_INLINE Vec broadcast(float x) {
   return x - Vec{};
 }
