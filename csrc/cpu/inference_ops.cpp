@@ -132,8 +132,7 @@ struct ConvLayer {
       : weight(weight_) {
     const int64_t out = weight.size(0);
     bias = bias_ ? floats(*bias_) : at::zeros({out}, weight.options().dtype(at::kFloat));
-    TORCH_CHECK(bias.sizes() == at::IntArrayRef({out}), op, ": a convolution's bias must have shape (", out,
-                "), but has ", bias.sizes());
+    check_sizes(op, "a convolution's bias", bias, {out});
     if (norm.empty()) return;
     TORCH_CHECK(norm.size() == 4, op, ": a norm must have weight, bias, mean and variance, but has ", norm.size(),
                 " tensors");

@@ -59,8 +59,7 @@ struct GeluLinear {
   GeluArgs args;
 
   GeluLinear(const at::Tensor& x_, const at::Tensor& bias_) : x(checked(kOp, "x", x_)), bias(padded(bias_)) {
-    TORCH_CHECK(bias_.dim() == 1 && bias_.size(0) == x.size(1), kOp, ": gelu_bias must have shape (", x.size(1),
-                "), but has ", bias_.sizes());
+    check_sizes(kOp, "gelu_bias", bias_, {x.size(1)});
     args = {x.size(0), x.size(1), matrix(data(x), row_of(x)), data(bias)};
   }
 };

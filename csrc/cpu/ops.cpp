@@ -15,10 +15,6 @@ using Tensors5 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
 using Tensors11 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                              at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-void check_sizes(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
-  TORCH_CHECK(t.sizes() == sizes, op, ": ", name, " must have shape ", sizes, ", but has ", t.sizes());
-}
-
 Map map_of(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.dim() == 3 || t.dim() == 4, op, ": ", name, " must have 3 or 4 dimensions, but has ", t.dim());
   TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be a CPU tensor as the others are, but is on ", t.device());
@@ -269,8 +265,7 @@ struct Conv {
     const int64_t dim = x.size(1);
     TORCH_CHECK(weights.numel() == 9 * dim, kOp, ": weight must have shape (", dim, ", 1, 3, 3), but has ",
                 weights.sizes());
-    TORCH_CHECK(bias.sizes() == at::IntArrayRef({dim}), kOp, ": bias must have shape (", dim, "), but has ",
-                bias.sizes());
+    check_sizes(kOp, "bias", bias, {dim});
     args = {x.size(0), x.size(1), x.size(2), x.size(3), map_of(kOp, "x", x), kernels3x3(weights),
             bias.const_data_ptr<float>(), finish_of(finish)};
   }
@@ -400,10 +395,6 @@ Tensors3 downsampling_conv_backward(const at::Tensor& grad_, const at::Tensor& y
   return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
 }
 
-void check_channels(const char* op, const char* name, const at::Tensor& t, int64_t dim) {
-  TORCH_CHECK(t.sizes() == at::IntArrayRef({dim}), op, ": ", name, " must have shape (", dim, "), but has ", t.sizes());
-}
-
 Matrix matrix_of(const char* op, const char* name, const at::Tensor& t) {
   const Map map = map_of(op, name, t.dim() == 3 ? t : t.unsqueeze(0));
   return {map.data, map.type, t.stride(-2)};
@@ -418,8 +409,8 @@ struct Norm {
       : x(as_matrix(x_)), gate(gate_.defined() ? as_matrix(gate_) : gate_), weight(padded(weight_)), bias(padded(bias_)) {
     if (gate.defined()) check_sizes(kOp, "gate", gate_, x_.sizes());
     const Matrix gates = gate.defined() ? matrix_of(kOp, "gate", gate) : Matrix{};
-    check_channels(kOp, "weight", weight_, x.size(1));
-    check_channels(kOp, "bias", bias_, x.size(1));
+    check_sizes(kOp, "weight", weight_, {x.size(1)});
+    check_sizes(kOp, "bias", bias_, {x.size(1)});
     args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), gates, weight.const_data_ptr<float>(),
             bias.const_data_ptr<float>(), static_cast<float>(eps)};
   }
@@ -483,7 +474,7 @@ struct Gelu {
   GeluArgs args;
 
   Gelu(const at::Tensor& x_, const at::Tensor& bias_) : x(as_matrix(x_)), bias(padded(bias_)) {
-    check_channels(kOp, "bias", bias_, x.size(1));
+    check_sizes(kOp, "bias", bias_, {x.size(1)});
     args = {x.size(0), x.size(1), matrix_of(kOp, "x", x), bias.const_data_ptr<float>()};
   }
 };

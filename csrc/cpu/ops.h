@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/util/StringUtil.h>
 
 #include <algorithm>
 #include <atomic>
@@ -39,6 +40,10 @@ void parallel_tasks(int64_t count, int64_t scratch, const Task& task) {
       for (int64_t i = next++; i < count; i = next++) task(i, memory.get());
     }
   });
+}
+
+inline void check_sizes(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.sizes() == sizes, op, ": ", name, " must have shape (", c10::Join(", ", sizes), "), but has ", t.sizes());
 }
 
 inline at::Tensor floats(const at::Tensor& t) {

@@ -140,9 +140,9 @@ struct Product {
         activation(activation_), in(in_), out(weight_.size(0)) {
     TORCH_CHECK(weight_.dim() == 2 && weight_.size(1) == in, op, ": weight must have shape (out, ", in, "), but has ",
                 weight_.sizes());
-    TORCH_CHECK(!bias_ || (bias_->dim() == 1 && bias_->size(0) == out), op, ": bias must have shape (", out, "), but has ",
-                bias_ ? bias_->sizes() : at::IntArrayRef());
-    if (bias_) bias = padded(*bias_, kWidestPanel);
+    if (!bias_) return;
+    check_sizes(op, "bias", *bias_, {out});
+    bias = padded(*bias_, kWidestPanel);
   }
 
   // Whether the weights are more than what they meet. Then threads share them, not the rows: each packs some output

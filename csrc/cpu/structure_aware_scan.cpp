@@ -22,7 +22,7 @@ struct Parameters {
 constexpr int kAhead = 16;  // pixels by which the forward pass asks for memory before its use
 
 // Asks for pixels of a row ahead of their use; what is written whole is fetched too. A core can wait for some 16 lines at
-// once and stops at the next, so ask for a few between pieces of arithmetic.
+// once and stops at the next, so the forward pass asks for a few at a time. The backward pass gained nothing by that.
 template <class T>
 void prefetch(const RowOf<T>& row, int64_t first, int64_t count) {
   constexpr int kLine = 64 / sizeof(T);

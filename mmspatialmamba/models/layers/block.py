@@ -17,6 +17,11 @@ from .precision import Linear
 from .recompute import Recomputed, feed, recompute
 
 
+def _is_own(layer: nn.Module) -> bool:
+    """Whether a layer is an untouched :class:`Linear` with a bias, which a fused op can take the place of."""
+    return inference.is_untouched(layer, (Linear,)) and layer.bias is not None
+
+
 class MLP(nn.Module):
     """Linear, GELU, Linear over the last dimension of a normalised input.
 
@@ -36,11 +41,10 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
         """MLP of ``norm(x)``, (..., channels) to the same."""
         x, fc1, fc2 = Recomputed(norm, x), self.fc1, self.fc2
-        is_own = inference.is_untouched(fc1, (Linear,)) and fc1.bias is not None
-        if not is_own or not fuses_elementwise(x.tensor, fc1.bias):
+        if not _is_own(fc1) or not fuses_elementwise(x.tensor, fc1.bias):
             return feed(fc2, Recomputed(F.gelu, feed(fc1, x)))
         hidden = feed(lambda x: in_fast_precision(linear, x, fc1.weight), x)
-        if inference.is_untouched(fc2, (Linear,)) and fc2.bias is not None:
+        if _is_own(fc2):
             others = fc1.bias, fc2.weight, fc2.bias
             if all(parameter.requires_grad for parameter in others) and has_products(hidden, *others):
                 return gelu_linear(hidden, *others)
