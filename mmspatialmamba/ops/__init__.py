@@ -8,7 +8,7 @@ from .gated_layer_norm import gated_layer_norm
 from .linear import linear
 from .selective_scan import selective_scan
 from .state_fusion import state_fusion
-from .structure_aware_scan import structure_aware_scan
+from .structure_aware_scan import structure_aware_scan, structure_aware_scan_backward
 
 flops.install()
 
@@ -21,5 +21,6 @@ __all__ = [
     'selective_scan',
     'state_fusion',
     'structure_aware_scan',
+    'structure_aware_scan_backward',
     'use_backend',
 ]

@@ -57,3 +57,8 @@ def structure_aware_scan(
         check_shape(op, 'delta_bias', delta_bias, (dim,))
     ops = backend.kernels(u, delta, A, B, C, D, alpha, *kernels)
     return ops.structure_aware_scan(u, delta, A, B, C, D, *kernels, alpha, delta_bias, delta_softplus)
+
+
+def structure_aware_scan_backward(grad, u, delta, A, B, C, D, kernels, alpha, delta_bias=None, delta_softplus=True):
+    ops = backend.kernels(u, delta, A, B, C, D, alpha, *kernels)
+    return ops.structure_aware_scan_backward(grad, u, delta, A, B, C, D, *kernels, alpha, delta_bias, delta_softplus)
