@@ -1,4 +1,4 @@
-"""Inference on a CPU: BatchNorm folded, weights packed once, activations and residuals as epilogues of oneDNN's GEMMs."""
+"""Prepare models for inference on a CPU: fold BatchNorm, pack weights, run activations as epilogues of oneDNN's GEMMs."""
 
 from __future__ import annotations
 

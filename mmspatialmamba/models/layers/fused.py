@@ -26,12 +26,12 @@ _DEPTHWISE = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
 def _are_plain(*modules: nn.Module) -> bool:
     """Check that nobody could tell a fused computation from calls of the modules.
 
-    All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of their
-    own, and with plain tensors as parameters. Global hooks count as hooks. Compilers, tracers and functorch transforms
-    get the modules: they fuse and recompute on their own.
+    All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
+    their own, and with plain tensors as parameters. Global hooks count as hooks. Compilers, tracers and functorch
+    transforms get the modules: they fuse and recompute on their own.
 
-    The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1 to
-    2.14).
+    The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1
+    to 2.14).
     """
     if (
         torch.compiler.is_compiling()
