@@ -1,4 +1,4 @@
-"""Prepare models for inference on a CPU: fold BatchNorm, pack weights, run activations as epilogues of oneDNN's GEMMs."""
+"""Copies of models for inference on a CPU, on the ops that PyTorch's inductor uses: oneDNN's with packed weights."""
 
 from __future__ import annotations
 

@@ -3,25 +3,25 @@
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmspatialmamba.deploy.cpu import _Stem
+from mmspatialmamba.engine import PrepareForCPUHook
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers import Stem
 
 
 class Model(BaseModel):
-    """Predicts the mean of the features, and records the type of the stem that ran."""
+    """Predicts the mean square of the features."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.backbone = SpatialMamba(dict(embed_dims=8, depths=(1,)), out_indices=0)
-        self.stems = []
 
     def forward(self, inputs, mode='tensor'):
-        self.stems.append(type(self.backbone.stem))
         return [self.backbone(torch.stack(inputs))[0].square().mean()]
 
 
@@ -44,34 +44,37 @@ def make_runner(folder, *hooks):
         work_dir=str(folder),
         test_dataloader=torch.utils.data.DataLoader(images, collate_fn=collate),
         test_evaluator=Evaluator(Mean()),
-        test_cfg=dict(),
+        test_cfg={},
         custom_hooks=[dict(type=hook) for hook in hooks],
         experiment_name=folder.name,
     )
 
 
-@pytest.mark.parametrize('hooks', [(), ('EMAHook',)], ids=['weights', 'averaged'])
+@pytest.mark.parametrize('hooks', [(), (EMAHook,)], ids=['weights', 'averaged'])
 def test_tests_with_a_prepared_copy(tmp_path, hooks):
     expected = make_runner(tmp_path / 'model', *hooks).test()
-    runner = make_runner(tmp_path / 'prepared', *hooks, 'PrepareForCPUHook')
+    runner = make_runner(tmp_path / 'prepared', *hooks, PrepareForCPUHook)
     model = runner.model
     assert runner.test()['mean'] == pytest.approx(expected['mean'], rel=1e-5)
     assert runner.model is model and type(model.backbone.stem) is Stem
-    assert model.stems == []
+
+
+class Doubled(Hook):
+    """Doubles the averaged weights of the output norm."""
+
+    priority = 'VERY_HIGH'
+
+    def before_test_epoch(self, runner):
+        averaged = next(hook for hook in runner.hooks if isinstance(hook, EMAHook)).ema_model.module
+        with torch.no_grad():
+            for parameter in averaged.backbone.norm0.parameters():
+                parameter.mul_(2)
 
 
 def test_averaged_weights_are_prepared(tmp_path):
-    runner = make_runner(tmp_path, 'EMAHook', 'PrepareForCPUHook')
-    seen = []
-
-    def record(module, args, kwargs=None):
-        seen.append(type(module.backbone.stem))
-
-    runner.model.register_forward_pre_hook(record)
-    before = runner.test()['mean']
-    averaged = next(hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook').ema_model
-    with torch.no_grad():
-        for parameter in averaged.module.backbone.norm0.parameters():
-            parameter.mul_(2)
-    assert runner.test()['mean'] == pytest.approx(4 * before, rel=1e-4)
-    assert seen == [_Stem] * 4
+    expected = make_runner(tmp_path / 'model').test()
+    runner = make_runner(tmp_path / 'prepared', EMAHook, Doubled, PrepareForCPUHook)
+    stems = []
+    runner.model.register_forward_pre_hook(lambda module, args: stems.append(type(module.backbone.stem)))
+    assert runner.test()['mean'] == pytest.approx(4 * expected['mean'], rel=1e-4)
+    assert stems == [_Stem] * 2
