@@ -4,8 +4,35 @@ from collections.abc import Sequence
 
 import torch
 
-from . import backend
-from .checks import check_kernels, check_shape
+from .. import dispatch
+from ..library import KERNELS, MAP, check_arguments, check_three, register
+from . import reference
+
+
+def _fake(u, *others):
+    return torch.empty_like(u)
+
+
+register(
+    'structure_aware_scan',
+    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor k1, Tensor k3, Tensor k5, Tensor alpha, '
+    'Tensor? delta_bias, bool delta_softplus',
+    reference,
+    _fake,
+)
+
+_ONE_CHANNEL = ('batch', 1, 'height', 'width')
+_SHAPES = {
+    'u': MAP,
+    'delta': MAP,
+    'A': ('dim', 1),
+    'B': _ONE_CHANNEL,
+    'C': _ONE_CHANNEL,
+    'D': ('dim',),
+    **KERNELS,
+    'alpha': (3,),
+    'delta_bias': ('dim',),
+}
 
 
 def structure_aware_scan(
@@ -44,16 +71,7 @@ def structure_aware_scan(
         ValueError: If shapes do not fit each other, or the backend asked for cannot run here.
         TypeError: If an input is not a floating point tensor.
     """
-    op = 'structure_aware_scan'
-    check_shape(op, 'u', u, (None, None, None, None))
-    batch, dim, height, width = u.shape
-    check_shape(op, 'delta', delta, (batch, dim, height, width))
-    check_shape(op, 'A', A, (dim, 1))
-    check_shape(op, 'B', B, (batch, 1, height, width))
-    check_shape(op, 'C', C, (batch, 1, height, width))
-    check_shape(op, 'D', D, (dim,))
-    check_kernels(op, kernels, alpha, dim)
-    if delta_bias is not None:
-        check_shape(op, 'delta_bias', delta_bias, (dim,))
-    ops = backend.kernels(u, delta, A, B, C, D, alpha, *kernels)
-    return ops.structure_aware_scan(u, delta, A, B, C, D, *kernels, alpha, delta_bias, delta_softplus)
+    check_three('structure_aware_scan', kernels)
+    inputs = (u, delta, A, B, C, D, *kernels, alpha, delta_bias)
+    check_arguments('structure_aware_scan', _SHAPES, inputs)
+    return dispatch.kernels(*inputs).structure_aware_scan(*inputs, delta_softplus)
