@@ -143,7 +143,7 @@ def choose(first: torch.Tensor, *others: torch.Tensor | None) -> str:
             if not compiling and unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError(
                     'the ops of mmspatialmamba have no forward-mode derivatives (torch.func.jvp, '
-                    'torch.autograd.forward_ad); use reverse mode, such as torch.func.vjp'
+                    'torch.autograd.forward_ad); use reverse mode, such as torch.autograd.grad'
                 )
     device = first.device.type
     name = _chosen.get()

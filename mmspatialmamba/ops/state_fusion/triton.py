@@ -10,6 +10,7 @@ from ..triton_tiles import as_pixels, load, new_map, offset_type, pixel_axis, po
 from .taps import TAPS, merge_taps, split_taps
 
 _TAPS = tl.constexpr(TAPS)
+_TAP_COUNT = tl.constexpr(len(TAPS))
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _fusion_kernel(
     mask = tl.expand_dims(channel < dim, PIXEL_AXIS) & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)
     fused = tl.full(mask.shape, 0.0, tl.float32)
     states = h + batch * h_strides[0] + tl.expand_dims(channel * h_strides[1], PIXEL_AXIS)
-    for tap in tl.static_range(len(_TAPS)):
+    for tap in tl.static_range(_TAP_COUNT):
         near_row = tl.minimum(tl.maximum(row + _TAPS[tap][0], 0), height - 1)
         near_column = tl.minimum(tl.maximum(column + _TAPS[tap][1], 0), width - 1)
         near = tl.expand_dims((near_row * width + near_column) * h_strides[2], 1 - PIXEL_AXIS)
@@ -137,7 +138,7 @@ def _fusion_backward_kernel(
     state = load(tile_of(h, h_strides, batch, channel, pixel, PIXEL_AXIS), mask)
     total = tl.full(mask.shape, 0.0, tl.float32)
     sources = folded + batch * folded_strides[0] + tl.expand_dims(channel * folded_strides[1], PIXEL_AXIS)
-    for tap in tl.static_range(len(_TAPS)):
+    for tap in tl.static_range(_TAP_COUNT):
         source_row, row_inside = _unfold(row, height, _TAPS[tap][0])
         source_column, column_inside = _unfold(column, width, _TAPS[tap][1])
         inside = channel_mask & tl.expand_dims(pixel_mask & row_inside & column_inside, 1 - PIXEL_AXIS)
@@ -146,7 +147,7 @@ def _fusion_backward_kernel(
         weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
         total += tl.expand_dims(weight, PIXEL_AXIS) * grad
         part = tl.sum(grad * state, PIXEL_AXIS)
-        tl.store(grad_taps + (tile * len(_TAPS) + tap) * dim + channel, part, mask=channel < dim)
+        tl.store(grad_taps + (tile * _TAP_COUNT + tap) * dim + channel, part, mask=channel < dim)
     store(tile_of(grad_h, grad_h_strides, batch, channel, pixel, PIXEL_AXIS), total, mask)
 
 
