@@ -123,35 +123,35 @@ def _log_choice(name: str, device: str) -> None:
     logging.getLogger('mmspatialmamba').info('ops on %s tensors run on the %r backend', device, name)
 
 
-def choose(first: torch.Tensor, *others: torch.Tensor | None) -> str:
+def choose(*tensors: torch.Tensor | None) -> str:
     """Choose the next call's backend: ``use_backend``'s, else ``MMSPATIALMAMBA_BACKEND``'s, else the preferred one.
 
     Args:
-        first (Tensor): The call's first input.
-        *others (Tensor, optional): Its other inputs.
+        *tensors (Tensor, optional): The call's inputs; they are on one device.
 
     Raises:
         ValueError: If a backend was asked for that cannot run on these inputs.
         NotImplementedError: If an input has a tangent of forward-mode AD, which an op would drop.
     """
     compiling = torch.compiler.is_compiling()
-    dtype = torch.float32
-    for tensor in (first, *others):
-        if tensor is not None:
-            if tensor.dtype == torch.float64:
-                dtype = torch.float64
-            if not compiling and unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(
-                    'the ops of mmspatialmamba have no forward-mode derivatives (torch.func.jvp, '
-                    'torch.autograd.forward_ad); use reverse mode, such as torch.autograd.grad'
-                )
-    device = first.device.type
-    name = _chosen.get()
-    if name is not None:
-        return _check(name, 'use_backend', device, dtype)
-    name = os.environ.get(_ENVIRONMENT_VARIABLE)
-    if name is not None:
-        return _check(name, f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype)
+    device, dtype = '', torch.float32
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        device = device or tensor.device.type
+        if tensor.dtype == torch.float64:
+            dtype = torch.float64
+        if not compiling and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                'the ops of mmspatialmamba have no forward-mode derivatives (torch.func.jvp, '
+                'torch.autograd.forward_ad); use reverse mode, such as torch.autograd.grad'
+            )
+    asked_for = _chosen.get()
+    if asked_for is not None:
+        return _check(asked_for, 'use_backend', device, dtype)
+    asked_for = os.environ.get(_ENVIRONMENT_VARIABLE)
+    if asked_for is not None:
+        return _check(asked_for, f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype)
     for name in _PREFERENCE:
         if why_unusable(name, device, dtype) is None:
             break
@@ -160,6 +160,6 @@ def choose(first: torch.Tensor, *others: torch.Tensor | None) -> str:
     return name
 
 
-def kernels(first: torch.Tensor, *others: torch.Tensor | None) -> Any:
+def kernels(*tensors: torch.Tensor | None) -> Any:
     """The ops of the backend that :func:`choose` chooses, a namespace of ``torch.ops``."""
-    return getattr(torch.ops, f'mmspatialmamba_{choose(first, *others)}')
+    return getattr(torch.ops, f'mmspatialmamba_{choose(*tensors)}')

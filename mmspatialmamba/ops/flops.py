@@ -78,9 +78,7 @@ def _jit_handle(op: str) -> Callable:
 
 # Handles for the ops' names in a graph traced by torch.jit. mmengine's FlopAnalyzer and fvcore's FlopCountAnalysis take
 # them by their ``set_op_handle(**JIT_HANDLES)``.
-JIT_HANDLES = {
-    f'mmspatialmamba_{backend}::{op}': _jit_handle(op) for backend in _BACKENDS for op in (*FORWARD, *NORM)
-}
+JIT_HANDLES = {f'mmspatialmamba_{backend}::{op}': _jit_handle(op) for backend in _BACKENDS for op in (*FORWARD, *NORM)}
 
 
 def register_with_mmengine() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Union
+from typing import Any, Union
 
 import torch
 
@@ -33,9 +33,12 @@ def check_arguments(op: str, shapes: Mapping[str, Shape], tensors: Sequence[torc
         tensors (Sequence[Tensor | None]): The arguments, in this order. Only ``delta_bias`` may be None.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If a shape does not fit, or the kernels are not three.
         TypeError: If an argument is not a floating point tensor.
     """
+    surplus = len(tensors) - len(shapes)
+    if surplus:
+        raise ValueError(f'{op}: kernels must be three tensors, of dilation 1, 3 and 5, but are {3 + surplus}')
     sizes: dict[str | int, int] = {}
     for (name, shape), tensor in zip(shapes.items(), tensors):
         if tensor is None and name == 'delta_bias':
@@ -45,22 +48,10 @@ def check_arguments(op: str, shapes: Mapping[str, Shape], tensors: Sequence[torc
             raise TypeError(f'{op}: {name} must be a floating point tensor, but is {kind}')
         fits = len(shape) == tensor.dim()
         for axis, size in zip(shape, tensor.shape):
-            if not fits:
-                break
-            fits = size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+            fits = fits and size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
         if not fits:
             wanted = ', '.join([str(axis if isinstance(axis, int) else sizes.get(axis, '*')) for axis in shape])
             raise ValueError(f'{op}: {name} must have the shape ({wanted}), but has {tuple(tensor.shape)}')
-
-
-def check_three(op: str, kernels: Sequence[torch.Tensor]) -> None:
-    """Check that there are three fusion kernels.
-
-    Raises:
-        ValueError: If there are not.
-    """
-    if len(kernels) != 3:
-        raise ValueError(f'{op}: kernels must be three tensors, of dilation 1, 3 and 5, but are {len(kernels)}')
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -68,7 +59,7 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def like_inputs(*inputs: torch.Tensor | None) -> Gradients:
+def like_inputs(*inputs: Any) -> Gradients:
     """Allocate the gradient of each input, in its dtype and memory format.
 
     The gradient of an absent bias has one value for each row of A, the third input.
@@ -101,14 +92,8 @@ def _triton_kernel(op: str, name: str) -> Callable:
 def _register_autograd(namespace: str, op: str, truth: Callable, tensors: int, keeps_output: bool) -> None:
     """Differentiate an op by its backward op, and that, for derivatives of any higher order, by the truth.
 
-    What is kept for the backward pass is the inputs, and of some ops the output.
-
-    Args:
-        namespace (str): Of the op.
-        op (str): Its name.
-        truth (Callable): The op in plain PyTorch.
-        tensors (int): How many of its arguments, the first ones, are tensors or None.
-        keeps_output (bool): Whether the backward op takes the output, after the gradient.
+    What is kept for the backward pass is the inputs, of which the first ``tensors`` are tensors or None, and of some
+    ops the output.
     """
     backward_op = getattr(getattr(torch.ops, namespace), f'{op}_backward')
     first_input = 2 if keeps_output else 1
@@ -152,7 +137,7 @@ def _register_autograd(namespace: str, op: str, truth: Callable, tensors: int, k
     torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second_context)
 
 
-_libraries = []
+_libraries: list[torch.library.Library] = []
 
 
 def register(
@@ -182,7 +167,10 @@ def register(
     """
     tensors = arguments.count('Tensor')
     first_input = 2 if keeps_output else 1
-    fakes = {op: fake, f'{op}_backward': lambda *args: gradients_fake(*args[first_input : first_input + tensors])}
+    fakes: dict[str, Callable] = {
+        op: fake,
+        f'{op}_backward': lambda *args: gradients_fake(*args[first_input : first_input + tensors]),
+    }
     saved = 'Tensor output, ' if keeps_output else ''
     schemas = {
         op: f'({arguments}) -> Tensor',

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from ..library import compute_dtype
 
 
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, finish: str) -> torch.Tensor:
+def _convolve(x, weight, bias, finish):
     out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
     if finish == 'silu':
         return F.silu(out)
     return x + out if finish == 'residual' else out
 
 
-def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, finish: str) -> torch.Tensor:
+def depthwise_conv(x, weight, bias, finish):
     if not x.is_cpu:
         return _convolve(x, weight, bias, finish)
     # PyTorch's own in half precision rounds the terms of a sum on CPUs without such instructions.

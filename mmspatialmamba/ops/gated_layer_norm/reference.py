@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from ..library import compute_dtype
 
 
-def gated_layer_norm(
-    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
+def gated_layer_norm(x, gate, weight, bias, eps):
     # PyTorch's own layer_norm takes mean and variance for constants in its third derivatives, which are wrong.
     wide, weight, bias, gate = (t.to(compute_dtype(x, gate, weight, bias)) for t in (x, weight, bias, gate))
     centred = wide - wide.mean(-1, keepdim=True)

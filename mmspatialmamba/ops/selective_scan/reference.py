@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..library import Gradients, compute_dtype
+from ..library import compute_dtype
 
 _DIRECT_LENGTH = 16
 
@@ -84,14 +84,7 @@ def time_step(delta: torch.Tensor, bias: torch.Tensor | None, softplus: bool) ->
     return F.softplus(delta) if softplus else delta
 
 
-def selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-) -> torch.Tensor:
+def selective_scan(u, delta, A, B, delta_bias, delta_softplus):
     dtype = compute_dtype(u, delta, A, B, delta_bias)
     u, delta, B = (x.to(dtype).transpose(1, 2) for x in (u, delta, B))
     A = A.to(dtype)
@@ -102,16 +95,7 @@ def selective_scan(
     return h.unflatten(2, A.shape).permute(0, 2, 3, 1)
 
 
-def selective_scan_backward(
-    grad: torch.Tensor,
-    h: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-) -> Gradients:
+def selective_scan_backward(grad, h, u, delta, A, B, delta_bias, delta_softplus):
     dtype = compute_dtype(u, delta, A, B, delta_bias)
     u, delta, B = (x.to(dtype).transpose(1, 2) for x in (u, delta, B))
     grad, h = (x.to(dtype).permute(0, 3, 1, 2) for x in (grad, h))

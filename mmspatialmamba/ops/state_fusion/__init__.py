@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import dispatch
-from ..library import KERNELS, MAP, check_arguments, check_three, compute_dtype, register
+from ..library import KERNELS, MAP, check_arguments, compute_dtype, register
 from . import reference
 
 
@@ -36,7 +36,6 @@ def state_fusion(h: torch.Tensor, kernels: Sequence[torch.Tensor], alpha: torch.
         ValueError: If shapes do not fit each other, or the backend asked for cannot run here.
         TypeError: If an input is not a floating point tensor.
     """
-    check_three('state_fusion', kernels)
     inputs = (h, *kernels, alpha)
     check_arguments('state_fusion', _SHAPES, inputs)
     return dispatch.kernels(*inputs).state_fusion(*inputs)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..library import Gradients, compute_dtype
+from ..library import compute_dtype
 
 _DILATIONS = (1, 3, 5)
 
@@ -47,21 +48,17 @@ def _fold(x: torch.Tensor, k: int, dim: int) -> torch.Tensor:
     return inside
 
 
-def _dilated_depthwise_conv_backward(
-    grad: torch.Tensor, h: torch.Tensor, kernel: torch.Tensor, dilation: int
-) -> Gradients:
+def _dilated_depthwise_conv_backward(grad, h, kernel, dilation):
     k, groups = dilation, kernel.shape[0]
     height, width = h.shape[2:]
     submaps = _pad_and_split(h, k)
     grad = _split(F.pad(grad, (0, -width % k, 0, -height % k)), k)
-    padded = _unite(torch.nn.grad.conv2d_input(submaps.shape, kernel, grad, groups=groups), k)
+    padded = _unite(conv2d_input(submaps.shape, kernel, grad, groups=groups), k)
     grad_h = _fold(_fold(padded[:, :, : height + 2 * k, : width + 2 * k], k, 2), k, 3)
-    return grad_h, torch.nn.grad.conv2d_weight(submaps, kernel.shape, grad, groups=groups)
+    return grad_h, conv2d_weight(submaps, kernel.shape, grad, groups=groups)
 
 
-def state_fusion(
-    h: torch.Tensor, k1: torch.Tensor, k3: torch.Tensor, k5: torch.Tensor, alpha: torch.Tensor
-) -> torch.Tensor:
+def state_fusion(h, k1, k3, k5, alpha):
     dtype = compute_dtype(h, k1, k3, k5, alpha)
     h, k1, k3, k5, alpha = (x.to(dtype) for x in (h, k1, k3, k5, alpha))
     one, three, five = (
@@ -71,9 +68,7 @@ def state_fusion(
     return one + three + five
 
 
-def state_fusion_backward(
-    grad: torch.Tensor, h: torch.Tensor, k1: torch.Tensor, k3: torch.Tensor, k5: torch.Tensor, alpha: torch.Tensor
-) -> Gradients:
+def state_fusion_backward(grad, h, k1, k3, k5, alpha):
     dtype = compute_dtype(h, k1, k3, k5, alpha)
     grad, h, alpha, *kernels = (x.to(dtype) for x in (grad, h, alpha, k1, k3, k5))
     grads_h, grads_weighted = zip(

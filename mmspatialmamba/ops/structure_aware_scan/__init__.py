@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import dispatch
-from ..library import KERNELS, MAP, check_arguments, check_three, register
+from ..library import KERNELS, MAP, check_arguments, register
 from . import reference
 
 
@@ -71,7 +71,6 @@ def structure_aware_scan(
         ValueError: If shapes do not fit each other, or the backend asked for cannot run here.
         TypeError: If an input is not a floating point tensor.
     """
-    check_three('structure_aware_scan', kernels)
     inputs = (u, delta, A, B, C, D, *kernels, alpha, delta_bias)
     check_arguments('structure_aware_scan', _SHAPES, inputs)
     return dispatch.kernels(*inputs).structure_aware_scan(*inputs, delta_softplus)

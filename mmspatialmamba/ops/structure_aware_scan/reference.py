@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..library import Gradients, compute_dtype
+from ..library import compute_dtype
 from ..selective_scan.reference import linear_recurrence, selective_scan, selective_scan_backward, time_step
 from ..state_fusion.reference import state_fusion, state_fusion_backward
 
 
-def structure_aware_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    k1: torch.Tensor,
-    k3: torch.Tensor,
-    k5: torch.Tensor,
-    alpha: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-) -> torch.Tensor:
+def structure_aware_scan(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
     dtype = compute_dtype(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias)
     x, step, drive_in = (t.to(dtype).permute(0, 2, 3, 1).flatten(1, 2) for t in (u, delta, B))
     dt = time_step(step, delta_bias, delta_softplus)
@@ -34,21 +21,7 @@ def structure_aware_scan(
     return y.to(u.dtype)
 
 
-def structure_aware_scan_backward(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    k1: torch.Tensor,
-    k3: torch.Tensor,
-    k5: torch.Tensor,
-    alpha: torch.Tensor,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-) -> Gradients:
+def structure_aware_scan_backward(grad, u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
     dtype = compute_dtype(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias)
     grad = grad.to(dtype)
     scan_inputs = (u.flatten(2).to(dtype), delta.flatten(2), A, B.flatten(2), delta_bias, delta_softplus)

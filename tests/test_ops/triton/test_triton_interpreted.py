@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from test_ops.test_derivatives import make, second
 from test_ops.triton.cases import (
     INTERPRETED,
     check_against_truth,
@@ -15,6 +16,9 @@ from test_ops.triton.cases import (
     scan_truth,
     triton_ops,
 )
+from test_ops.truth import relative_error
+
+from mmspatialmamba.ops import use_backend
 
 if INTERPRETED:
     ops = triton_ops()
@@ -181,3 +185,14 @@ def test_nan_stays_in_its_channel(memory_format):
         if i in (0, 1, 2):
             assert torch.equal(value[:, others], expected[:, others])
     assert outputs[0][0][0, 2].isnan().any()
+
+
+@pytest.mark.parametrize('op', ['selective_scan', 'state_fusion', 'structure_aware_scan'])
+def test_second_derivatives(op):
+    with use_backend('torch'):
+        expected, _ = second(*make(op, torch.float64))
+    with use_backend('triton'):
+        found = second(*make(op, torch.float32))
+    for products in found:
+        for value, truth in zip(products, expected):
+            assert relative_error(value, truth) < 1e-4
