@@ -48,9 +48,9 @@ def check_arguments(op: str, shapes: Mapping[str, Shape], tensors: Sequence[torc
             raise TypeError(f'{op}: {name} must be a floating point tensor, but is {kind}')
         fits = len(shape) == tensor.dim()
         for axis, size in zip(shape, tensor.shape):
-            fits = fits and size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+            fits = fits and size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
         if not fits:
-            wanted = ', '.join([str(axis if isinstance(axis, int) else sizes.get(axis, '*')) for axis in shape])
+            wanted = ', '.join([str(sizes.get(axis, '*') if isinstance(axis, str) else axis) for axis in shape])
             raise ValueError(f'{op}: {name} must have the shape ({wanted}), but has {tuple(tensor.shape)}')
 
 
