@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from measuring import DTYPES, FORMATS, add_arguments, machine, measure, prepare, spread, table, write
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops import torch_backend
+from mmspatialmamba.ops.selective_scan import reference
 
 # Inner width and size of the maps of the tiny backbone's stages, for an image of 512x512.
 STAGES = ((128, 128), (256, 64), (512, 32), (1024, 16))
@@ -46,9 +46,9 @@ def parse_args() -> argparse.Namespace:
     on_gpu = args.device == 'cuda'
     args.dtypes = args.dtypes or ['float32', 'bfloat16', *(['float16'] if on_gpu else [])]
     args.batches = args.batches or ([1, 32] if on_gpu and not args.quick else [1])
-    usable = [name for name in ops.available_backends() if ops.backend.why_unusable(name, args.device) is None]
+    usable = [name for name in ops.available_backends() if ops.dispatch.why_unusable(name, args.device) is None]
     for name in set(args.backends or ()) - set(usable):
-        parser.error(f'--backends {name}: {ops.backend.why_unusable(name, args.device)}')
+        parser.error(f'--backends {name}: {ops.dispatch.why_unusable(name, args.device)}')
     args.backends = args.backends or usable
     return args
 
@@ -74,7 +74,7 @@ def fused(backend, u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias):
 
 def eager(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias):
     dim = u.shape[1]
-    h = torch_backend.selective_scan(u.flatten(2), delta.flatten(2), A, B.flatten(2), delta_bias, True)
+    h = reference.selective_scan(u.flatten(2), delta.flatten(2), A, B.flatten(2), delta_bias, True)
     h = h[:, :, 0].unflatten(2, u.shape[2:])
     g = sum(
         alpha[i] * F.conv2d(F.pad(h, (k,) * 4, mode='replicate'), kernel, dilation=k, groups=dim)

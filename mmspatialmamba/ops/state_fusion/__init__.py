@@ -4,8 +4,18 @@ from collections.abc import Sequence
 
 import torch
 
-from . import backend
-from .checks import check_kernels, check_shape
+from .. import dispatch
+from ..library import KERNELS, MAP, check_arguments, compute_dtype, register
+from . import reference
+
+
+def _fake(h, k1, k3, k5, alpha):
+    return torch.empty_like(h, dtype=compute_dtype(h, k1, k3, k5, alpha))
+
+
+register('state_fusion', 'Tensor h, Tensor k1, Tensor k3, Tensor k5, Tensor alpha', reference, _fake)
+
+_SHAPES = {'h': MAP, **KERNELS, 'alpha': (3,)}
 
 
 def state_fusion(h: torch.Tensor, kernels: Sequence[torch.Tensor], alpha: torch.Tensor) -> torch.Tensor:
@@ -26,6 +36,6 @@ def state_fusion(h: torch.Tensor, kernels: Sequence[torch.Tensor], alpha: torch.
         ValueError: If shapes do not fit each other, or the backend asked for cannot run here.
         TypeError: If an input is not a floating point tensor.
     """
-    check_shape('state_fusion', 'h', h, (None, None, None, None))
-    check_kernels('state_fusion', kernels, alpha, h.shape[1])
-    return backend.kernels(h, alpha, *kernels).state_fusion(h, *kernels, alpha)
+    inputs = (h, *kernels, alpha)
+    check_arguments('state_fusion', _SHAPES, inputs)
+    return dispatch.kernels(*inputs).state_fusion(*inputs)

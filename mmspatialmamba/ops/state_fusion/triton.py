@@ -6,16 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    as_pixels,
-    load,
-    new_map,
-    offset_type,
-    pixel_axis,
-    power_of_two,
-    store,
-    tile_of,
-)
+from ..triton_tiles import as_pixels, load, new_map, offset_type, pixel_axis, power_of_two, store, tile_of
+from .taps import TAPS, merge_taps, split_taps
+
+_TAPS = tl.constexpr(TAPS)
+_TAP_COUNT = tl.constexpr(len(TAPS))
 
 
 @triton.jit
@@ -49,17 +44,13 @@ def _fusion_kernel(
     mask = tl.expand_dims(channel < dim, PIXEL_AXIS) & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)
     fused = tl.full(mask.shape, 0.0, tl.float32)
     states = h + batch * h_strides[0] + tl.expand_dims(channel * h_strides[1], PIXEL_AXIS)
-    for i in tl.static_range(3):
-        for r in tl.static_range(3):
-            near_row = tl.minimum(tl.maximum(row + (r - 1) * (2 * i + 1), 0), height - 1) * width
-            for c in tl.static_range(3):
-                if i == 0 or r != 1 or c != 1:
-                    near_column = tl.minimum(tl.maximum(column + (c - 1) * (2 * i + 1), 0), width - 1)
-                    near = tl.expand_dims((near_row + near_column) * h_strides[2], 1 - PIXEL_AXIS)
-                    state = tl.load(states + near, mask=mask, other=0.0).to(tl.float32)
-                    tap = 8 * i + 3 * r + c + (1 if i > 0 and 3 * r + c < 4 else 0)
-                    weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
-                    fused += tl.expand_dims(weight, PIXEL_AXIS) * state
+    for tap in tl.static_range(_TAP_COUNT):
+        near_row = tl.minimum(tl.maximum(row + _TAPS[tap][0], 0), height - 1)
+        near_column = tl.minimum(tl.maximum(column + _TAPS[tap][1], 0), width - 1)
+        near = tl.expand_dims((near_row * width + near_column) * h_strides[2], 1 - PIXEL_AXIS)
+        state = tl.load(states + near, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
+        fused += tl.expand_dims(weight, PIXEL_AXIS) * state
     if grad_y is not None:
         grad = load(tile_of(grad_y, grad_y_strides, batch, channel, pixel, PIXEL_AXIS), mask)
         part = tl.sum(grad * fused, 1 - PIXEL_AXIS)
@@ -147,22 +138,16 @@ def _fusion_backward_kernel(
     state = load(tile_of(h, h_strides, batch, channel, pixel, PIXEL_AXIS), mask)
     total = tl.full(mask.shape, 0.0, tl.float32)
     sources = folded + batch * folded_strides[0] + tl.expand_dims(channel * folded_strides[1], PIXEL_AXIS)
-    for i in tl.static_range(3):
-        for r in tl.static_range(3):
-            source_row, row_inside = _unfold(row, height, (r - 1) * (2 * i + 1))
-            source_row *= width + 6
-            row_inside &= pixel_mask
-            for c in tl.static_range(3):
-                if i == 0 or r != 1 or c != 1:
-                    source_column, inside = _unfold(column, width, (c - 1) * (2 * i + 1))
-                    inside = channel_mask & tl.expand_dims(row_inside & inside, 1 - PIXEL_AXIS)
-                    source = tl.expand_dims((source_row + source_column) * folded_strides[2], 1 - PIXEL_AXIS)
-                    grad = tl.load(sources + source, mask=inside, other=0.0)
-                    tap = 8 * i + 3 * r + c + (1 if i > 0 and 3 * r + c < 4 else 0)
-                    weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
-                    total += tl.expand_dims(weight, PIXEL_AXIS) * grad
-                    part = tl.sum(grad * state, PIXEL_AXIS)
-                    tl.store(grad_taps + (tile * 25 + tap) * dim + channel, part, mask=channel < dim)
+    for tap in tl.static_range(_TAP_COUNT):
+        source_row, row_inside = _unfold(row, height, _TAPS[tap][0])
+        source_column, column_inside = _unfold(column, width, _TAPS[tap][1])
+        inside = channel_mask & tl.expand_dims(pixel_mask & row_inside & column_inside, 1 - PIXEL_AXIS)
+        source = (source_row * (width + 6) + source_column) * folded_strides[2]
+        grad = tl.load(sources + tl.expand_dims(source, 1 - PIXEL_AXIS), mask=inside, other=0.0)
+        weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
+        total += tl.expand_dims(weight, PIXEL_AXIS) * grad
+        part = tl.sum(grad * state, PIXEL_AXIS)
+        tl.store(grad_taps + (tile * _TAP_COUNT + tap) * dim + channel, part, mask=channel < dim)
     store(tile_of(grad_h, grad_h_strides, batch, channel, pixel, PIXEL_AXIS), total, mask)
 
 
@@ -216,33 +201,13 @@ def fuse_backward(grad, h, size, taps, grad_h, C=None):
         OFFSET=offset_type(*(x for x in maps if x is not None)), **constants,
     )  # fmt: skip
     tiles, blocks, constants = _tiling(h, height, width, 8)
-    grad_taps = h.new_empty(tiles, 25, dim, dtype=torch.float32)
+    grad_taps = h.new_empty(tiles, len(TAPS), dim, dtype=torch.float32)
     maps = (folded, h, grad_h)
     _fusion_backward_kernel[(tiles * blocks,)](
         folded, h, taps, grad_h, grad_taps,
         *(x.stride() for x in maps), dim, height, width, blocks, OFFSET=offset_type(*maps), **constants,
     )  # fmt: skip
     return grad_taps.sum(0)
-
-
-def merge_taps(kernels, alpha):
-    """The 25 taps, (25, dim) in float32: the 9 of dilation 1, then the 8 outer ones of dilation 3, then of 5.
-
-    The three kernels' centres make one tap, the fifth.
-    """
-    weights = torch.stack([kernel.float().flatten(1) for kernel in kernels]) * alpha.float().view(3, 1, 1)
-    one, three, five = weights.transpose(1, 2)
-    return torch.cat([one[:4], (one + three + five)[4:5], one[5:], three[:4], three[5:], five[:4], five[5:]])
-
-
-def split_taps(grad, kernels, alpha):
-    """The gradients of the three kernels and of alpha, in their dtypes, from that of the taps."""
-    centre = grad[4:5]
-    parts = torch.cat([grad[:13], centre, grad[13:21], centre, grad[21:]]).view(3, 9, -1).transpose(1, 2)
-    weights = torch.stack([kernel.float().flatten(1) for kernel in kernels])
-    grad_alpha = (weights * parts).sum((1, 2)).to(alpha.dtype)
-    scaled = alpha.float().view(3, 1, 1) * parts
-    return *(g.reshape(k.shape).to(k.dtype) for g, k in zip(scaled, kernels)), grad_alpha
 
 
 def state_fusion(h, k1, k3, k5, alpha):

@@ -1,9 +1,29 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from . import backend, torch_backend
-from .checks import check_shape
+from .. import dispatch
+from ..library import check_arguments, register
+from . import reference
+
+
+def _fake(x, gate, weight, bias, eps):
+    return x.new_empty(x.shape)
+
+
+def _gradients_fake(x, gate, weight, bias):
+    return x.new_empty(x.shape), gate.new_empty(gate.shape), torch.empty_like(weight), torch.empty_like(bias)
+
+
+register(
+    'gated_layer_norm',
+    'Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps',
+    reference,
+    _fake,
+    _gradients_fake,
+    backends=('native',),
+)
 
 
 def gated_layer_norm(
@@ -28,11 +48,9 @@ def gated_layer_norm(
         ValueError: If shapes do not fit each other.
         TypeError: If an input is not a floating point tensor.
     """
-    op = 'gated_layer_norm'
-    check_shape(op, 'x', x, tuple(x.shape))
-    check_shape(op, 'gate', gate, tuple(x.shape))
-    check_shape(op, 'weight', weight, tuple(x.shape[-1:]))
-    check_shape(op, 'bias', bias, tuple(x.shape[-1:]))
-    if backend.fuses_elementwise(x, gate, weight, bias):
+    shape = tuple(x.shape)
+    shapes = {'x': shape, 'gate': shape, 'weight': shape[-1:], 'bias': shape[-1:]}
+    check_arguments('gated_layer_norm', shapes, (x, gate, weight, bias))
+    if x.is_cpu and dispatch.choose(x, gate, weight, bias) == 'native':
         return torch.ops.mmspatialmamba_native.gated_layer_norm(x, gate, weight, bias, eps)
-    return torch_backend.gated_layer_norm(x, gate, weight, bias, eps)
+    return F.layer_norm(x, shape[-1:], weight, bias, eps) * F.silu(gate)

@@ -1,4 +1,9 @@
-"""What the kernels of the ops share.
+"""What the ops' Triton kernels share.
+
+They need the pip package ``triton`` (3.6 or later) and inputs on a CUDA device; no compiler. Where
+``TRITON_INTERPRET=1`` is in the environment before ``mmspatialmamba.ops`` is imported, Triton's interpreter runs them
+on CPU tensors instead: slowly, for tests. The functions that launch them take plain tensors of checked shapes, return
+fresh ones, and know nothing of autograd. They compute in float32.
 
 A tile holds pixels and channels. The one that is contiguous in memory is its last axis, so that neighbouring threads
 read neighbouring addresses in both memory formats: ``PIXEL_AXIS`` is 0 for channels-last maps and 1 otherwise. Expanded

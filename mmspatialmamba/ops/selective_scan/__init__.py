@@ -2,8 +2,31 @@ from __future__ import annotations
 
 import torch
 
-from . import backend
-from .checks import check_shape
+from .. import dispatch
+from ..library import check_arguments, compute_dtype, register
+from . import reference
+
+
+def _fake(u, delta, A, B, delta_bias, delta_softplus):
+    return u.new_empty((u.shape[0], *A.shape, u.shape[2]), dtype=compute_dtype(u, delta, A, B, delta_bias))
+
+
+register(
+    'selective_scan',
+    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus',
+    reference,
+    _fake,
+    keeps_output=True,
+)
+
+_SEQUENCE = ('batch', 'dim', 'length')
+_SHAPES = {
+    'u': _SEQUENCE,
+    'delta': _SEQUENCE,
+    'A': ('dim', 'state'),
+    'B': ('batch', 'state', 'length'),
+    'delta_bias': ('dim',),
+}
 
 
 def selective_scan(
@@ -35,12 +58,6 @@ def selective_scan(
         ValueError: If shapes do not fit each other, or the backend asked for cannot run here.
         TypeError: If an input is not a floating point tensor.
     """
-    op = 'selective_scan'
-    check_shape(op, 'u', u, (None, None, None))
-    batch, dim, length = u.shape
-    check_shape(op, 'delta', delta, (batch, dim, length))
-    check_shape(op, 'A', A, (dim, None))
-    check_shape(op, 'B', B, (batch, A.shape[1], length))
-    if delta_bias is not None:
-        check_shape(op, 'delta_bias', delta_bias, (dim,))
-    return backend.kernels(u, delta, A, B).selective_scan(u, delta, A, B, delta_bias, delta_softplus)
+    check_arguments('selective_scan', _SHAPES, (u, delta, A, B, delta_bias))
+    ops = dispatch.kernels(u, delta, A, B, delta_bias)
+    return ops.selective_scan(u, delta, A, B, delta_bias, delta_softplus)

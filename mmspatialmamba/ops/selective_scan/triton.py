@@ -10,16 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    load,
-    offset_type,
-    pixel_axis,
-    power_of_two,
-    sigmoid,
-    softplus,
-    store,
-    tile_of,
-)
+from ..triton_tiles import load, offset_type, pixel_axis, power_of_two, sigmoid, softplus, store, tile_of
 
 _PROGRAMS = 1024
 _MOST_CHUNKS = 64

@@ -1,21 +1,23 @@
-"""Which backend runs an op: the only place that chooses."""
+"""Which backend runs an op: the only place that chooses. The ops alone ask."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-
-from . import library, torch_backend
+from torch.autograd.forward_ad import unpack_dual
 
 _ENVIRONMENT_VARIABLE = 'MMSPATIALMAMBA_BACKEND'
 _PREFERENCE = ('native', 'triton', 'torch')
+_NATIVE_OPS = ('selective_scan', 'state_fusion', 'structure_aware_scan', 'depthwise_conv', 'gated_layer_norm')
 _chosen: ContextVar[str | None] = ContextVar('mmspatialmamba_backend', default=None)
 
 
@@ -31,44 +33,32 @@ def _load_native() -> str | None:
         return (
             f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
         )
-    missing = library.missing('native')
+    names = [name for op in _NATIVE_OPS for name in (op, f'{op}_backward')]
+    missing = [name for name in names if not hasattr(torch.ops.mmspatialmamba_native, name)]
     if missing:
         return f'its ops were compiled from another version, without {", ".join(missing)}; reinstall mmspatialmamba'
-    library.register('native')
     return None
 
 
-def _register_triton() -> str | None:
-    """Register the Triton kernels, or say why not. Triton itself is imported by their first call."""
-    if find_spec('triton') is None:
-        return 'triton is not installed; run "pip install triton"'
-
-    def late(op):
-        def kernel(*args):
-            from . import triton
-
-            return getattr(triton, op)(*args)
-
-        return kernel
-
-    library.register('triton', {op: late(op) for op in library.SCHEMAS})
-    return None
+def _find_triton() -> str | None:
+    """Look for Triton, or say what would bring it here. The kernels' first call imports it."""
+    return None if find_spec('triton') else 'triton is not installed; run "pip install triton"'
 
 
-library.register('torch', torch_backend.KERNELS)
-_MISSING = {'native': _load_native(), 'triton': _register_triton(), 'torch': None}
+def _native_devices() -> frozenset[str]:
+    """Types of the devices that the compiled ops have kernels for.
+
+    PyTorch has no public function that tells (torch 2.14; the private one has been there since 1.8).
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {'cpu': 'CPU', 'cuda': 'CUDA'}
+    op = 'mmspatialmamba_native::structure_aware_scan'
+    return frozenset(device for device, key in keys.items() if not MISSING['native'] and has_kernel(op, key))
 
 
-_NATIVE_DEVICES = frozenset(
-    device
-    for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA'))
-    if _MISSING['native'] is None
-    and torch._C._dispatch_has_kernel_for_dispatch_key('mmspatialmamba_native::structure_aware_scan', key)
-)
-
-
-# The products for other processors are correct, but PyTorch's libraries know these better.
-_HAS_FAST_PRODUCTS = 'cpu' in _NATIVE_DEVICES and torch.ops.mmspatialmamba_native.instruction_set() != 'baseline'
+# Of each backend, why it is not here.
+MISSING: dict[str, str | None] = {'native': _load_native(), 'triton': _find_triton(), 'torch': None}
+_NATIVE_DEVICES = _native_devices()
 
 
 def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -79,8 +69,8 @@ def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> 
         device (str): Type of the device, such as 'cpu' or 'cuda'.
         dtype (torch.dtype): The widest dtype among the inputs. Defaults to ``torch.float32``.
     """
-    if _MISSING[name]:
-        return _MISSING[name]
+    if MISSING[name]:
+        return MISSING[name]
     if name == 'torch':
         return None
     if dtype == torch.float64:
@@ -110,7 +100,7 @@ def _check(name: str, asked_by: str, device: str, dtype: torch.dtype = torch.flo
 
 
 @contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the ``with`` block, by this thread or task, on one backend.
 
     Args:
@@ -133,59 +123,43 @@ def _log_choice(name: str, device: str) -> None:
     logging.getLogger('mmspatialmamba').info('ops on %s tensors run on the %r backend', device, name)
 
 
-def _choose(*tensors: torch.Tensor) -> str:
-    """The backend of the next call: ``use_backend``'s, else ``MMSPATIALMAMBA_BACKEND``'s, else the preferred one.
+def choose(*tensors: torch.Tensor | None) -> str:
+    """Choose the next call's backend: ``use_backend``'s, else ``MMSPATIALMAMBA_BACKEND``'s, else the preferred one.
+
+    Args:
+        *tensors (Tensor, optional): The call's inputs; they are on one device.
 
     Raises:
         ValueError: If a backend was asked for that cannot run on these inputs.
+        NotImplementedError: If an input has a tangent of forward-mode AD, which an op would drop.
     """
-    device, dtype = tensors[0].device.type, torch_backend.compute_dtype(*tensors)
-    name = _chosen.get()
-    if name is not None:
-        _check(name, 'use_backend', device, dtype)
-    elif _ENVIRONMENT_VARIABLE in os.environ:
-        name = _check(
-            os.environ[_ENVIRONMENT_VARIABLE], f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype
-        )
-    else:
-        name = next(name for name in _PREFERENCE if why_unusable(name, device, dtype) is None)
-        if not torch.compiler.is_compiling():
-            _log_choice(name, device)
+    compiling = torch.compiler.is_compiling()
+    device, dtype = '', torch.float32
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        device = device or tensor.device.type
+        if tensor.dtype == torch.float64:
+            dtype = torch.float64
+        if not compiling and unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                'the ops of mmspatialmamba have no forward-mode derivatives (torch.func.jvp, '
+                'torch.autograd.forward_ad); use reverse mode, such as torch.autograd.grad'
+            )
+    asked_for = _chosen.get()
+    if asked_for is not None:
+        return _check(asked_for, 'use_backend', device, dtype)
+    asked_for = os.environ.get(_ENVIRONMENT_VARIABLE)
+    if asked_for is not None:
+        return _check(asked_for, f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype)
+    for name in _PREFERENCE:
+        if why_unusable(name, device, dtype) is None:
+            break
+    if not compiling:
+        _log_choice(name, device)
     return name
 
 
-def kernels(*tensors: torch.Tensor):
-    """The ops of the backend that runs the next call on these inputs, a namespace of ``torch.ops``.
-
-    Raises:
-        ValueError: If a backend was asked for that cannot run on these inputs.
-    """
-    return getattr(torch.ops, f'mmspatialmamba_{_choose(*tensors)}')
-
-
-def fuses_elementwise(*tensors: torch.Tensor) -> bool:
-    """Whether the next call's backend has the fused element-wise ops: native, on the CPU."""
-    return tensors[0].device.type == 'cpu' and _choose(*tensors) == 'native'
-
-
-def fuses_layers(*tensors: torch.Tensor | None) -> bool:
-    """Whether the next call's backend has layers as one op, and products: native, on a CPU with AVX2 or AVX-512.
-
-    They need at least one channel and one pixel. Export and tracing want PyTorch's own.
-    """
-    return (
-        _HAS_FAST_PRODUCTS
-        and all(t is None or (t.device.type == 'cpu' and t.numel()) for t in tensors)
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
-        and fuses_elementwise(tensors[0])
-    )
-
-
-def has_products(*tensors: torch.Tensor | None) -> bool:
-    """Whether the next call's products are the native backend's: where it has any, for float32 without autocast."""
-    return (
-        all(t is None or t.dtype == torch.float32 for t in tensors)
-        and not torch.is_autocast_enabled('cpu')
-        and fuses_layers(*tensors)
-    )
+def kernels(*tensors: torch.Tensor | None) -> Any:
+    """The ops of the backend that :func:`choose` chooses, a namespace of ``torch.ops``."""
+    return getattr(torch.ops, f'mmspatialmamba_{choose(*tensors)}')

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from .common import as_pixels, new_map
-from .selective_scan import bias_gradient, reverse_scan, scan_into
-from .state_fusion import fuse, fuse_backward, merge_taps, split_taps
+from ..selective_scan.triton import bias_gradient, reverse_scan, scan_into
+from ..state_fusion.taps import merge_taps, split_taps
+from ..state_fusion.triton import fuse, fuse_backward
+from ..triton_tiles import as_pixels, new_map
 
 
 def structure_aware_scan(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
