@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from mmengine.model import is_model_wrapper
@@ -27,7 +27,7 @@ _Model = TypeVar('_Model', bound=nn.Module)
 class _Prepared(nn.Module):
     """Base of prepared layers, which hold no parameters and refuse to be trained."""
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> _Prepared:
         if mode:
             raise RuntimeError('a model prepared for CPU inference cannot be trained: train the original')
         return super().train(mode)
@@ -76,7 +76,7 @@ class _Conv(_Prepared):
         return convolve(x, *common, self.activation, [], None)
 
 
-def _prepare_conv_layer(layer: nn.Module) -> nn.Module:
+def _prepare_conv_layer(layer: Any) -> nn.Module:
     """Fold BatchNorm into the preceding convolution, and pack it with the ReLU that follows."""
     conv, activation = layer.conv, 'relu' if hasattr(layer, 'act') else 'none'
     if hasattr(layer, 'norm'):
@@ -87,7 +87,7 @@ def _prepare_conv_layer(layer: nn.Module) -> nn.Module:
 
 
 class _Stem(_Prepared):
-    def __init__(self, stem: nn.Module) -> None:
+    def __init__(self, stem: Any) -> None:
         super().__init__()
         self.conv1 = _prepare_conv_layer(stem.conv1)
         self.conv2 = nn.ModuleList(map(_prepare_conv_layer, stem.conv2))
@@ -104,7 +104,7 @@ class _Stem(_Prepared):
 
 
 class _Block(_Prepared):
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         mixer, mlp = block.mixer, block.mlp
         self.cpe1, self.cpe2, self.conv = block.cpe1, block.cpe2, mixer.conv
@@ -185,7 +185,7 @@ def _check_backbone(backbone: nn.Module, name: str) -> torch.dtype:
     return dtype
 
 
-def _prepare_backbone(backbone: SpatialMamba) -> None:
+def _prepare_backbone(backbone: Any) -> None:
     """Replace a backbone's layers by prepared ones."""
     backbone.requires_grad_(False)
     backbone.stem = _Stem(backbone.stem)

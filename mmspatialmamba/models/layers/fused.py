@@ -17,18 +17,18 @@ from torch import nn
 
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan, structure_aware_scan_backward
 
-_FORWARDS = {cls: cls.forward for cls in (nn.Conv2d, nn.LayerNorm, nn.Linear)}
+_FORWARDS: dict[type, Callable] = {cls: cls.forward for cls in (nn.Conv2d, nn.LayerNorm, nn.Linear)}
 _NAMES = {'weight', 'bias'}
-_TENSORS = (nn.Parameter, torch.Tensor, type(None))
-_DEPTHWISE = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
+_TENSORS = (nn.Parameter, torch.Tensor)
+_WINDOW = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
 
 
 def _are_plain(*modules: nn.Module) -> bool:
     """Check that nobody could tell a fused computation from calls of the modules.
 
     All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
-    their own, and with plain tensors as parameters. Global hooks count as hooks. Compilers, tracers and functorch
-    transforms get the modules: they fuse and recompute on their own.
+    their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
+    hooks. Compilers, tracers and functorch transforms get the modules: they fuse and recompute on their own.
 
     The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1
     to 2.14).
@@ -53,73 +53,69 @@ def _are_plain(*modules: nn.Module) -> bool:
         ):
             return False
         for parameter in own['_parameters'].values():
-            if type(parameter) not in _TENSORS:
+            # A linear layer may have no bias.
+            if type(parameter) not in _TENSORS and (parameter is not None or type(module) is not nn.Linear):
+                return False
+        if type(module) is nn.Conv2d:
+            per_group = module.in_channels // module.groups, module.out_channels // module.groups
+            window = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
+            if per_group != (1, 1) or window != _WINDOW:
                 return False
     return True
 
 
-def _is_depthwise(conv: nn.Module) -> bool:
-    """Check for a plain depthwise 3x3 convolution of stride 1 with bias, zero-padded to the same size."""
-    return (
-        _are_plain(conv)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode) == _DEPTHWISE
-        and conv.bias is not None
-    )
-
-
-def depthwise_conv_silu(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def depthwise_conv_silu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Apply a depthwise convolution, then SiLU.
 
     Args:
-        conv (nn.Module): :class:`torch.nn.Conv2d`, 3x3, depthwise.
+        conv (nn.Conv2d): Depthwise 3x3 convolution, or what stands in its place.
         x (Tensor): Input, (batch, channels, height, width), any floating dtype.
 
     Returns:
         Tensor: ``silu(conv(x))``.
     """
-    if _is_depthwise(conv):
-        return depthwise_conv(x, conv.weight, conv.bias, 'silu')
+    if _are_plain(conv):
+        return depthwise_conv(x, conv.weight, conv.bias, 'silu')  # type: ignore[arg-type]
     return F.silu(conv(x))
 
 
-def depthwise_conv_residual(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def depthwise_conv_residual(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Apply a depthwise convolution, and add its input.
 
     Args:
-        conv (nn.Module): :class:`torch.nn.Conv2d`, 3x3, depthwise.
+        conv (nn.Conv2d): Depthwise 3x3 convolution, or what stands in its place.
         x (Tensor): Input, (batch, channels, height, width), any floating dtype.
 
     Returns:
         Tensor: ``x + conv(x)``.
     """
-    if _is_depthwise(conv):
-        return depthwise_conv(x, conv.weight, conv.bias, 'residual')
+    if _are_plain(conv):
+        return depthwise_conv(x, conv.weight, conv.bias, 'residual')  # type: ignore[arg-type]
     return x + conv(x)
 
 
-def layer_norm_linear(norm: nn.Module, linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Apply LayerNorm, then a linear layer; the normalised tensor is recomputed in backward instead of kept.
 
     Args:
-        norm (nn.Module): :class:`torch.nn.LayerNorm` over the last dimension.
-        linear (nn.Module): :class:`torch.nn.Linear`.
+        norm (nn.LayerNorm): LayerNorm over the last dimension, or what stands in its place.
+        linear (nn.Linear): Linear layer, or what stands in its place.
         x (Tensor): Input, (..., channels), any floating dtype.
 
     Returns:
         Tensor: ``linear(norm(x))``.
     """
-    if torch.is_grad_enabled() and _are_plain(norm, linear) and norm.weight is not None:
+    if torch.is_grad_enabled() and _are_plain(norm, linear):
         normalise = partial(_layer_norm, norm.eps)
         return _RecomputedLinear.apply(normalise, linear.weight, linear.bias, x, norm.weight, norm.bias)
     return linear(norm(x))
 
 
-def gelu_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def gelu_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Apply GELU, then a linear layer; GELU's output is recomputed in backward instead of kept.
 
     Args:
-        linear (nn.Module): :class:`torch.nn.Linear`.
+        linear (nn.Linear): Linear layer, or what stands in its place.
         x (Tensor): Input, (..., channels), any floating dtype.
 
     Returns:
@@ -130,28 +126,28 @@ def gelu_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return linear(F.gelu(x))
 
 
-def gated_layer_norm_linear(norm: nn.Module, linear: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def gated_layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Apply LayerNorm, a SiLU gate and a linear layer; the gated tensor is recomputed in backward instead of kept.
 
     Args:
-        norm (nn.Module): :class:`torch.nn.LayerNorm` over the last dimension.
-        linear (nn.Module): :class:`torch.nn.Linear`.
+        norm (nn.LayerNorm): LayerNorm over the last dimension, or what stands in its place.
+        linear (nn.Linear): Linear layer, or what stands in its place.
         x (Tensor): Input, (..., channels), any floating dtype.
         gate (Tensor): Gate before SiLU, of the shape of ``x``.
 
     Returns:
         Tensor: ``linear(norm(x) * silu(gate))``.
     """
-    if not _are_plain(norm) or norm.weight is None or norm.bias is None:
-        return linear(norm(x) * F.silu(gate))
-    gated = partial(_gated_layer_norm, norm.eps)
-    if torch.is_grad_enabled() and _are_plain(linear):
+    gated = partial(gated_layer_norm, eps=norm.eps)
+    if torch.is_grad_enabled() and _are_plain(norm, linear):
         return _RecomputedLinear.apply(gated, linear.weight, linear.bias, x, gate, norm.weight, norm.bias)
-    return linear(gated(x, gate, norm.weight, norm.bias))
+    if _are_plain(norm):
+        return linear(gated(x, gate, norm.weight, norm.bias))
+    return linear(norm(x) * F.silu(gate))
 
 
 def linear_scan(
-    dt_proj: nn.Module,
+    dt_proj: nn.Linear,
     u: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -165,7 +161,7 @@ def linear_scan(
     """Project the time steps, then scan; the projected time steps are recomputed in backward instead of kept.
 
     Args:
-        dt_proj (nn.Module): :class:`torch.nn.Linear` without bias from ``rank`` to ``dim``.
+        dt_proj (nn.Linear): Linear layer without bias from ``rank`` to ``dim``, or what stands in its place.
         u (Tensor): Input of the scan, (batch, dim, height, width), any floating dtype.
         dt (Tensor): Time steps before the projection, (batch, height, width, rank).
         A, B, C, D, kernels, alpha, dt_bias: As in :func:`mmspatialmamba.ops.structure_aware_scan`.
@@ -178,14 +174,8 @@ def linear_scan(
     return structure_aware_scan(u, dt_proj(dt).permute(0, 3, 1, 2), A, B, C, D, kernels, alpha, dt_bias)
 
 
-def _layer_norm(eps: float, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _layer_norm(eps: float, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-def _gated_layer_norm(
-    eps: float, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    return gated_layer_norm(x, gate, weight, bias, eps)
 
 
 def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
@@ -199,14 +189,14 @@ def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
-def _leaves(tensors: Sequence[torch.Tensor | None], create_graph: bool) -> list[torch.Tensor | None]:
+def _leaves(tensors: Sequence[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
     """Let gradients of a recomputed tensor stop at its inputs.
 
     With ``create_graph`` the results stay differentiable with regard to the inputs.
     """
     if create_graph:
-        return [t if t is None else t.view_as(t) for t in tensors]
-    return [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        return [t.view_as(t) for t in tensors]
+    return [t.detach().requires_grad_(t.requires_grad) for t in tensors]
 
 
 class _RecomputedLinear(torch.autograd.Function):
