@@ -118,9 +118,16 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def _first_usable(device: str, dtype: torch.dtype) -> str:
+    return next(name for name in _PREFERENCE if why_unusable(name, device, dtype) is None)
+
+
 @cache
-def _log_choice(name: str, device: str) -> None:
+def _automatic_choice(device: str, dtype: torch.dtype) -> str:
+    """Choose the preferred backend for a device and dtype, and log it, once a process."""
+    name = _first_usable(device, dtype)
     logging.getLogger('mmspatialmamba').info('ops on %s tensors run on the %r backend', device, name)
+    return name
 
 
 def choose(*tensors: torch.Tensor | None) -> str:
@@ -152,12 +159,7 @@ def choose(*tensors: torch.Tensor | None) -> str:
     asked_for = os.environ.get(_ENVIRONMENT_VARIABLE)
     if asked_for is not None:
         return _check(asked_for, f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype)
-    for name in _PREFERENCE:
-        if why_unusable(name, device, dtype) is None:
-            break
-    if not compiling:
-        _log_choice(name, device)
-    return name
+    return _first_usable(device, dtype) if compiling else _automatic_choice(device, dtype)
 
 
 def kernels(*tensors: torch.Tensor | None) -> Any:

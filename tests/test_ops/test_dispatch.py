@@ -21,6 +21,14 @@ def scan(dtype=torch.float32):
     return ops.selective_scan(x, x, -x[0, :, :1], x[:, :1])
 
 
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    """A test may change what is there."""
+    dispatch._automatic_choice.cache_clear()
+    yield
+    dispatch._automatic_choice.cache_clear()
+
+
 @pytest.fixture
 def with_native(monkeypatch):
     """Nobody asks for a backend, and native is there for CPU tensors."""
@@ -136,7 +144,6 @@ def test_environment_variable_of_an_unknown_backend_is_an_error(monkeypatch):
 
 def test_automatic_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
-    dispatch._log_choice.cache_clear()
     chosen = next(name for name in ops.available_backends() if why_unusable(name, 'cpu') is None)
     with caplog.at_level('INFO', logger='mmspatialmamba'):
         with ops.use_backend('torch'):
