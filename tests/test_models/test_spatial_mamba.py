@@ -7,7 +7,6 @@ from mmengine.logging import MMLogger
 from torch import nn
 
 from mmspatialmamba.models import SpatialMamba
-from mmspatialmamba.models.layers.block import SpatialMambaBlock
 from mmspatialmamba.models.utils import from_upstream
 
 SMALL = dict(embed_dims=8, depths=(1, 2, 1, 1))
