@@ -191,7 +191,7 @@ def main() -> None:
     run('photo_digits', [*converter, *numbers], WORK_DIR / 'data')
 
     classifier = train('classification')
-    pretrained = f'model.backbone.init_cfg.checkpoint={classifier}'
+    pretrained = f'pretrained={classifier}'
     detector = train('detection', pretrained)
     segmenter = train('segmentation', pretrained)
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:
