@@ -170,7 +170,7 @@ def keeps_opencv(env: Environment, versions: dict) -> bool:
     if OPENCV in versions and not others:
         return False
     try:
-        env.run('opencv', 'looking for OpenCV', ['-c', 'import cv2'], '')
+        env.run('opencv', 'looking for another OpenCV', ['-c', 'import cv2'], '')
     except SetupError as error:
         if others:
             what = f'{" and ".join(others)} does not import ({error.reason}): replaced by {OPENCV}'

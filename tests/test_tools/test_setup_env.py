@@ -154,25 +154,14 @@ class TestFailure:
         assert [path.name for path in folder.iterdir()] == ['holiday.txt']
 
 
-class TestCompiler:
-    def test_wrapper_rewrites_that_flag_alone(self, tmp_path, monkeypatch):
-        show = tmp_path / 'show.py'
-        show.write_text('import json, sys; print(json.dumps(sys.argv[1:]))')
-        monkeypatch.setenv('CXX', f'{sys.executable} {show} "own argument"')
-        wrapper = setup_env.write_cxx20_wrappers(tmp_path)['CXX']
-        given = ['-std=c++17', '-DNAME="a  b"', "it's $HOME", '', '-std=c++14', '-x-std=c++17', '*']
-        output = subprocess.run([wrapper, *given], capture_output=True, text=True, check=True)
-        assert json.loads(output.stdout) == ['own argument', '-std=c++20', *given[1:]]
-
-    def test_wrapper_compiles_cxx20_and_hands_on_errors(self, tmp_path):
-        wrapper = setup_env.write_cxx20_wrappers(tmp_path)['CXX']
-        source = tmp_path / 'a source.cpp'
-        source.write_text('static_assert(__cplusplus > 201703L);\nint main() { return 0; }\n')
-        command = [wrapper, '-std=c++14', '-std=c++17', '-c', source, '-o', tmp_path / 'an object']
-        assert subprocess.run(command, check=False).returncode == 0
-        assert (tmp_path / 'an object').stat().st_size > 0
-        source.write_text('not C++')
-        assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+def test_wrapper_of_the_compiler_rewrites_that_flag_alone(tmp_path, monkeypatch):
+    show = tmp_path / 'show.py'
+    show.write_text('import json, sys; print(json.dumps(sys.argv[1:]))')
+    monkeypatch.setenv('CXX', f'{sys.executable} {show} "own argument"')
+    wrapper = setup_env.write_cxx20_wrappers(tmp_path)['CXX']
+    given = ['-std=c++17', '-DNAME="a  b"', "it's $HOME", '', '-std=c++14', '-x-std=c++17', '*']
+    output = subprocess.run([wrapper, *given], capture_output=True, text=True, check=True)
+    assert json.loads(output.stdout) == ['own argument', '-std=c++20', *given[1:]]
 
 
 @pytest.fixture
@@ -186,6 +175,8 @@ def isolated(tmp_path, monkeypatch):
     (tmp_path / 'logs').mkdir()
     monkeypatch.setattr(setup_env, 'LOGS', tmp_path / 'logs')
     monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
+    monkeypatch.delenv('PIP_CONSTRAINT', raising=False)
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'links'))
     monkeypatch.setenv('PIP_CACHE_DIR', str(tmp_path / 'cache'))
     monkeypatch.delenv('PYTHONPATH', raising=False)
@@ -201,6 +192,17 @@ def write_distribution(site_packages, name, module, code, version='4.0'):
     (info / 'INSTALLER').write_text('pip\n')
     files = [f'{module}/__init__.py', *(f'{info.name}/{path.name}' for path in info.iterdir())]
     (info / 'RECORD').write_text(''.join(f'{file},,\n' for file in [*files, f'{info.name}/RECORD']))
+
+
+def write_wheel(links, name, version, files, requires=''):
+    info = f'{name}-{version}.dist-info'
+    metadata = f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}'
+    tag = 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
+    files = {**files, f'{info}/METADATA': metadata, f'{info}/WHEEL': tag}
+    files[f'{info}/RECORD'] = ''.join(f'{file},,\n' for file in [*files, f'{info}/RECORD'])
+    with zipfile.ZipFile(links / f'{name}-{version}-py3-none-any.whl', 'w') as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
 
 
 class TestOpenCV:
@@ -221,6 +223,23 @@ class TestOpenCV:
         assert (site_packages / 'cv2').exists()
 
 
+class TestPackages:
+    @pytest.mark.slow
+    def test_an_active_environment_keeps_its_versions(self, isolated, monkeypatch):
+        env, site_packages, links = isolated
+        env.own = False
+        rows = {'build': ['pip'], 'torch': ['torch'], 'runtime': ['numpy', 'user-of-numpy'], 'tests': []}
+        monkeypatch.setattr(setup_env.Environment, 'requirements', lambda self, name: rows[name])
+        for name in ('torch', 'numpy', 'opencv-python-headless'):
+            write_distribution(site_packages, name, name.replace('-', '_'), '')
+        write_wheel(links, 'numpy', '5.0', {})
+        write_wheel(links, 'user_of_numpy', '1.0', {}, requires='Requires-Dist: numpy\n')
+        write_wheel(links, 'user_of_numpy', '2.0', {}, requires='Requires-Dist: numpy>=5\n')
+        setup_env.install_packages(env)
+        versions = env.probe()['versions']
+        assert (versions['torch'], versions['numpy'], versions['user-of-numpy']) == ('4.0', '4.0', '1.0')
+
+
 FAKE_SETUP = """
 import os, subprocess
 from setuptools import setup
@@ -230,17 +249,6 @@ subprocess.check_call([os.environ['CXX'], '-std=c++17', *os.environ['CFLAGS'].sp
 open('mmcv/_ext.py', 'w').write(f'''flags = {os.environ["CFLAGS"]!r}''')
 setup(name='mmcv', version='2.1.0', packages=['mmcv'])
 """
-
-
-def write_wheel(links, name, version, files):
-    info = f'{name}-{version}.dist-info'
-    metadata = f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
-    tag = 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
-    files = {**files, f'{info}/METADATA': metadata, f'{info}/WHEEL': tag}
-    files[f'{info}/RECORD'] = ''.join(f'{file},,\n' for file in [*files, f'{info}/RECORD'])
-    with zipfile.ZipFile(links / f'{name}-{version}-py3-none-any.whl', 'w') as wheel:
-        for file, text in files.items():
-            wheel.writestr(file, text)
 
 
 class TestMmcv:
