@@ -53,7 +53,6 @@ def parse_benchmark_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.quick:
         args.seconds = min(args.seconds, 0.3)
     args.keeps_freed_memory = tune_malloc(keep_freed_memory=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -207,6 +206,7 @@ def write(out: Path, stem: str, record: dict) -> Path:
     """Write ``STEM_DEVICE.json`` into the folder ``out``; return its path."""
     device = re.sub('[^A-Za-z0-9]+', '-', record['machine']['device']).strip('-')
     path = out / f'{stem}_{device}.json'
+    out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + '\n')
     print(f'figures: {path}')
     return path
