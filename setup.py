@@ -1,13 +1,12 @@
-"""Packages mmspatialmamba, with configs and tools in ``mmspatialmamba/.mim``, and compiles its ops where it can.
+"""Compile the ops where that is possible, and put configs and tools into ``mmspatialmamba/.mim``.
 
-README.md tells the environment variables that steer the compilation.
+pyproject.toml has the metadata, docs/install.md the environment variables that steer the compilation.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import runpy
 import shutil
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, errors, find_packages, setup
+from setuptools import Extension, errors, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -81,19 +80,6 @@ def mim_sources() -> list[Path]:
         list[Path]: The ``configs`` and ``tools`` folders, and ``model-index.yml``.
     """
     return [ROOT / 'configs', ROOT / 'tools', ROOT / 'model-index.yml']
-
-
-def requirements(name: str) -> list[str]:
-    """Read ``requirements/NAME.txt``.
-
-    Args:
-        name (str): The file's name without its suffix.
-
-    Returns:
-        list[str]: One requirement per entry, comments left out.
-    """
-    lines = (ROOT / 'requirements' / f'{name}.txt').read_text(encoding='utf-8').splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith('#')]
 
 
 class BuildPy(build_py):
@@ -264,27 +250,10 @@ class EditableWheel(editable_wheel):
 
 
 setup(
-    name='mmspatialmamba',
-    version=runpy.run_path(str(PACKAGE / 'version.py'))['__version__'],
-    description='Spatial-Mamba backbones for mmdet, mmseg and mmpretrain',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    license_files=['LICENSE'],
-    keywords='computer vision, state space model, backbone, OpenMMLab',
-    python_requires='>=3.9',
-    packages=find_packages(include=['mmspatialmamba', 'mmspatialmamba.*']),
-    install_requires=['numpy'],
-    extras_require={
-        'openmmlab': requirements('openmmlab'),
-        'demo': requirements('runtime'),
-        'tests': requirements('tests'),
-    },
     ext_modules=[] if WITH_OPS == '0' else [native_extension(wants_cuda())],
     cmdclass={
         'build_py': BuildPy,
         'editable_wheel': EditableWheel,
         **({} if WITH_OPS == '0' else {'build_ext': BuildNative}),
     },
-    zip_safe=False,
 )

@@ -77,13 +77,14 @@ def new_names(names: Iterable[str]) -> dict[str, str]:
     new = {name: name[len('module.') :] if name.startswith('module.') else name for name in names}
     for prefix in sorted(find_backbones(new.values()), key=len):
         inside = below(new.values(), prefix)
-        upstream, last = is_upstream(inside), last_stage(inside)
+        upstream = is_upstream(inside)
+        last = last_stage(inside) if upstream else None
         for key, name in new.items():
             short = name[len(prefix) :]
             if not name.startswith(prefix):
                 continue
             if _IN_BACKBONE.match(short):
-                new[key] = (prefix or 'backbone.') + (from_upstream(short, last) if upstream else short)
+                new[key] = (prefix or 'backbone.') + (from_upstream(short, last))
             elif not prefix and upstream and short in ('head.weight', 'head.bias'):
                 new[key] = short.replace('head.', 'head.fc.')
     return new

@@ -4,12 +4,14 @@ from .fsdp import ResumableFSDPStrategy, block_wrap_policy
 from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
 from .mesa_hook import MESAHook
+from .prepare_hook import PrepareForCPUHook
 
 __all__ = [
     'CPUAmpOptimWrapper',
     'LoadAuditHook',
     'MESAHook',
     'MainProcessLoggerHook',
+    'PrepareForCPUHook',
     'ResumableCheckpointHook',
     'ResumableFSDPStrategy',
     'block_wrap_policy',
