@@ -110,6 +110,16 @@ def test_peers_are_the_published_networks(tools, name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+def test_the_layers_alone_are_the_backbone_without_its_norms(tools):
+    from mmspatialmamba.models import SpatialMamba
+
+    counts = [
+        sum(p.numel() for p in model.parameters())
+        for model in (tools.backbone.build_from_layers(), SpatialMamba('tiny'))
+    ]
+    assert counts[1] - counts[0] == 2 * (64 + 128 + 256 + 512)
+
+
 def test_a_training_step_changes_the_weights(tools):
     step = tools.backbone.Step('ResNet-50', 'training', 'float32', 'channels_last', '2x32x32', 'cpu')
     before = step.model[0].weight.detach().clone()

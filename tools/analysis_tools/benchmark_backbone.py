@@ -1,7 +1,8 @@
 """Times the tiny backbone beside torchvision's Swin-T, ConvNeXt-T and ResNet-50, and measures memory.
 
 All models are timed in turn in one process, so every ratio is of one run. The peers are torchvision's, without head,
-each in the memory format that is faster for it. Where torchvision is not installed, SpatialMamba is measured alone.
+each in the memory format that is faster for it. Where torchvision is not installed, SpatialMamba is measured alone;
+where mmengine is not, it is built from its layers, without drop path and output norms.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from measuring import MIB, spread
 from torch import nn
 
 OURS = 'SpatialMamba-T'
+HAS_MMENGINE = find_spec('mmengine') is not None
 PEERS = ('Swin-T', 'ConvNeXt-T', 'ResNet-50') if find_spec('torchvision') else ()
 INPUTS = {'inference': ['1x224x224', '1x512x512', '1x800x1216', '1x1024x2048'], 'training': ['2x512x512']}
 GPU_INPUT = '64x224x224'
@@ -65,6 +67,8 @@ def parse_args() -> argparse.Namespace:
 
 def build(name: str) -> nn.Module:
     """Build a model with random weights and no classification head."""
+    if name == OURS and not HAS_MMENGINE:
+        return build_from_layers()
     if name == OURS:
         from mmspatialmamba.models import SpatialMamba
 
@@ -76,6 +80,17 @@ def build(name: str) -> nn.Module:
     if name == 'ConvNeXt-T':
         return convnext_tiny(stochastic_depth_prob=0.2).features
     return nn.Sequential(*list(resnet50().children())[:-2])
+
+
+def build_from_layers() -> nn.Sequential:
+    """Build the tiny backbone from its layers, which need torch alone."""
+    from mmspatialmamba.models.layers import Downsample, SpatialMambaBlock, Stem
+
+    layers = [Stem(3, 64)]
+    for width, depth in ((64, 2), (128, 4), (256, 8), (512, 4)):
+        layers += [SpatialMambaBlock(width) for _ in range(depth)]
+        layers += [Downsample(width)] if width < 512 else []
+    return nn.Sequential(*layers)
 
 
 class Step:
@@ -157,7 +172,7 @@ def compare(args, task, precision, size) -> list[dict]:
         torch.compiler.reset()  # or the many inputs reach the recompilation limit, and run eagerly
     names = [OURS, *PEERS]
     layouts = {name: faster_layout(args, name, task, precision, size) for name in names}
-    forms = ['eager', *(['compiled'] if args.compile else [])]
+    forms = ['eager', 'compiled'] if args.compile else ['eager']
     subjects = [(name, form) for form in forms for name in names]
     if args.prepare and task == 'inference' and precision != 'autocast':
         subjects.append((OURS, 'prepared'))
@@ -167,10 +182,9 @@ def compare(args, task, precision, size) -> list[dict]:
     times = measuring.measure(steps, args.seconds)
     rows = []
     for (name, form), mine in times.items():
-        peers_form = 'compiled' if form == 'compiled' else 'eager'
+        base = 'compiled' if form == 'compiled' else 'eager'
         row = dict(cases[name, form], library='mmspatialmamba' if name == OURS else 'torchvision', runs=len(mine))
-        row['milliseconds'] = spread(mine)
-        row['ratios'] = {of: spread(mine / times[of, peers_form]) for of in names}
+        row |= dict(milliseconds=spread(mine), ratios={of: spread(mine / times[of, base]) for of in names})
         if task == 'training' and form == 'eager':
             row['kept_bytes_a_pixel'] = steps[name, form].kept_bytes()
         if not args.no_memory and form != 'compiled':
@@ -180,16 +194,8 @@ def compare(args, task, precision, size) -> list[dict]:
     return rows
 
 
-def count_calls(model: nn.Module, package: str) -> tuple[int, int, int]:
-    """Count the Python calls of a training forward pass.
-
-    Args:
-        model (nn.Module): The model.
-        package (str): The package whose files are counted apart.
-
-    Returns:
-        tuple[int, int, int]: Files of the package that were entered, calls in them, and calls in all files.
-    """
+def count_calls(model: nn.Module, package: str) -> list[int]:
+    """Count the files of a package that a training forward pass enters, the calls in them, and all Python calls."""
     model, image, calls = model.train(), torch.rand(2, 3, 64, 64), Counter()
     model(image)
     sys.setprofile(lambda frame, event, _: calls.update([frame.f_code.co_filename] if event == 'call' else []))
@@ -199,27 +205,29 @@ def count_calls(model: nn.Module, package: str) -> tuple[int, int, int]:
         sys.setprofile(None)
     root = str(Path(find_spec(package).origin).parent) + os.sep
     inside = [number for file, number in calls.items() if file.startswith(root)]
-    return len(inside), sum(inside), sum(calls.values())
+    return [len(inside), sum(inside), sum(calls.values())]
 
 
-def profile() -> list[list[str]]:
-    rows = [[OURS, 'mmspatialmamba', *count_calls(build(OURS), 'mmspatialmamba')]]
+def profile() -> str:
+    rows = [['model', 'package', 'files of it', 'calls in them', 'all calls']]
+    rows.append([OURS, 'mmspatialmamba', *map(str, count_calls(build(OURS), 'mmspatialmamba'))])
     if PEERS:
         from torchvision.models import swin_t
 
-        rows.append(['Swin-T', 'torchvision', *count_calls(swin_t(), 'torchvision')])
-    header = ['model', 'package', 'files of it', 'calls in them', 'all calls']
-    return [header, *([str(cell) for cell in row] for row in rows)]
+        rows.append(['Swin-T', 'torchvision', *map(str, count_calls(swin_t(), 'torchvision'))])
+    return measuring.table(rows)
 
 
 def main() -> None:
     args = parse_args()
     torch.backends.cudnn.benchmark = True
     if args.profile:
-        print(measuring.table(profile()))
+        print(profile())
         return
     print("the peers are torchvision's" if PEERS else 'torchvision is not installed: the peers are left out')
-    record = dict(machine=measuring.machine(args), rows=[])
+    if not HAS_MMENGINE:
+        print('mmengine is not installed: the backbone is built from its layers')
+    record = dict(machine=measuring.machine(args), from_layers=not HAS_MMENGINE, rows=[])
     ratios = ['of ours', *(f'of {peer}' for peer in PEERS)]
     lines = [[*KEYS, 'ms', 'IQR', *ratios, 'peak MiB', 'rise MiB', 'kept B/pixel']]
     for task in INPUTS:
