@@ -72,13 +72,8 @@ def tune_malloc(keep_freed_memory: bool) -> bool:
 def measure(functions: dict, seconds: float, rounds: Sequence[int] = (5, 100)) -> dict:
     """Time functions in turn, one sample of each a round, so that noise of the machine hits them all alike.
 
-    Args:
-        functions (dict[Hashable, Callable]): What to time, by name. A sample is as many calls as take a millisecond.
-        seconds (float): About how long to measure.
-        rounds (Sequence[int]): The least and the most rounds. Defaults to (5, 100).
-
-    Returns:
-        dict[Hashable, ndarray]: Milliseconds of a call, one for each round. A GPU is synchronized around each sample.
+    A sample is as many calls as take a millisecond; a GPU is synchronized around it. There are as many rounds as fit
+    into ``seconds``, within the limits. The result holds milliseconds of a call by name, one for each round.
     """
     # Imported here because it warns where CUDA is installed without a GPU, and processes that measure memory need none.
     from torch.utils import benchmark
@@ -105,14 +100,9 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def kept_bytes(forward: Callable, parameters: Iterable[torch.Tensor] = ()) -> int:
-    """Sum the storages that autograd keeps from a forward pass for its backward pass, each once.
+    """Sum the storages, in bytes, that autograd keeps from a forward pass for its backward pass, each once.
 
-    Args:
-        forward (Callable): Runs the forward pass and returns its outputs.
-        parameters (Iterable[Tensor]): Tensors whose storages are not counted. Defaults to none.
-
-    Returns:
-        int: Bytes.
+    ``forward`` returns the outputs; storages of ``parameters`` are not counted.
     """
     kept = WeakSet()  # weak, so that what a checkpoint drops again is not counted
 
