@@ -1,30 +1,11 @@
 // The schemas of the compiled ops; mmspatialmamba/ops says what they compute, and adds autograd to them.
-#include <torch/library.h>
-
 #include <string>
 #include <vector>
 
-#include "common/instruction_set.h"
+#include "common/bind_cpu.h"
 #include "common/taps.h"
 
 namespace mmspatialmamba {
-namespace {
-
-// Row and column of each tap, in pixels.
-std::vector<int64_t> taps() {
-  std::vector<int64_t> offsets;
-  for (const Tap& tap : kTapTable) offsets.insert(offsets.end(), {tap.row, tap.column});
-  return offsets;
-}
-
-// What the CPU kernels run on.
-std::string instruction_set_name() {
-  const char* const names[] = {"baseline", "avx2", "avx512"};
-  return names[static_cast<int>(instruction_set())];
-}
-
-}  // namespace
-
 TORCH_LIBRARY(mmspatialmamba_native, m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, bool delta_softplus) -> Tensor");
@@ -51,8 +32,17 @@ TORCH_LIBRARY(mmspatialmamba_native, m) {
       "gated_layer_norm_backward(Tensor grad, Tensor x, Tensor gate, Tensor weight, Tensor bias, float eps) -> "
       "(Tensor, "
       "Tensor, Tensor, Tensor)");
-  m.def("taps() -> int[]", taps);
-  m.def("instruction_set() -> str", instruction_set_name);
+  // Row and column of each tap of the fusion, in pixels.
+  m.def("taps() -> int[]", [] {
+    std::vector<int64_t> offsets;
+    for (const Tap& tap : kTapTable) offsets.insert(offsets.end(), {tap.row, tap.column});
+    return offsets;
+  });
+  // What the CPU kernels run on.
+  m.def("instruction_set() -> str", []() -> std::string {
+    const char* const names[] = {"baseline", "avx2", "avx512"};
+    return names[static_cast<int>(instruction_set())];
+  });
 }
 
 }  // namespace mmspatialmamba

@@ -5,18 +5,25 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "common/types.h"
 
 namespace mmspatialmamba::cuda {
 
-template <class T>
-__device__ __forceinline__ float to_float(T x) {
-  return static_cast<float>(x);
-}
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <class T>
 __device__ __forceinline__ T from_float(float x) {
-  return static_cast<T>(x);
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16(x);
+  } else {
+    return x;
+  }
 }
 
 // Runs run(value) with a value of the type that a dtype stands for.

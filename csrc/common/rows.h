@@ -1,9 +1,9 @@
 // Rows of kBlock channels of a map, as floats.
 #pragma once
 
-#include "common/cpu.h"
-#include "common/half.h"
 #include "common/taps.h"
+#include "common/types.h"
+#include "common/vec.h"
 
 namespace mmspatialmamba::ISA {
 
@@ -28,9 +28,7 @@ using Row = RowOf<float>;
 template <class T>
 static void gather(const T* source, const Map& map, int channels, int64_t width, float* target) {
   if (map.channel == 1 && channels == kBlock) {
-    for (int64_t x = 0; x < width; ++x) {
-      convert(source + x * map.column, kBlock, target + x * kBlock);
-    }
+    for (int64_t x = 0; x < width; ++x) convert(source + x * map.column, kBlock, target + x * kBlock);
     return;
   }
   if (channels < kBlock) memset(target, 0, width * kBlock * sizeof(float));
@@ -42,15 +40,11 @@ static void gather(const T* source, const Map& map, int channels, int64_t width,
 template <class T>
 static void scatter(const float* source, const Map& map, int channels, int64_t width, T* target) {
   if (map.channel == 1 && channels == kBlock) {
-    for (int64_t x = 0; x < width; ++x) {
-      convert(source + x * kBlock, kBlock, target + x * map.column);
-    }
+    for (int64_t x = 0; x < width; ++x) convert(source + x * kBlock, kBlock, target + x * map.column);
     return;
   }
   for (int c = 0; c < channels; ++c) {
-    for (int64_t x = 0; x < width; ++x) {
-      target[c * map.channel + x * map.column] = from_float<T>(source[x * kBlock + c]);
-    }
+    for (int64_t x = 0; x < width; ++x) put(target + c * map.channel + x * map.column, source[x * kBlock + c]);
   }
 }
 
@@ -66,21 +60,13 @@ template <class T>
 class RowsOf {
  public:
   RowsOf(const Map& map, int64_t batch, int64_t block, int64_t dim, int64_t width, float* staging)
-      : map_(map),
-        origin_(batch * map.batch + block * kBlock * map.channel),
-        width_(width),
-        channels_(static_cast<int>(smaller(kBlock, dim - block * kBlock))),
-        staging_(staging),
+      : map_(map), origin_(batch * map.batch + block * kBlock * map.channel), width_(width),
+        channels_(static_cast<int>(smaller(kBlock, dim - block * kBlock))), staging_(staging),
         direct_(!kIsFloat || holds_block(map, DType::kFloat32, dim, block)) {}
 
   // A row as kBlock floats a pixel.
   void copy(int64_t row, float* target) const {
-    const int64_t offset = origin_ + row * map_.row;
-    switch (map_.dtype) {
-      case DType::kFloat32: gather(at<float>(offset), map_, channels_, width_, target); break;
-      case DType::kBFloat16: gather(at<BFloat16>(offset), map_, channels_, width_, target); break;
-      case DType::kFloat16: gather(at<Half>(offset), map_, channels_, width_, target); break;
-    }
+    by_dtype(row, [&](const auto* source) { gather(source, map_, channels_, width_, target); });
   }
 
   RowOf<T> read(int64_t row) const {
@@ -102,17 +88,22 @@ class RowsOf {
   }
 
   void written(int64_t row) const {
-    if (direct_) return;
-    const int64_t offset = origin_ + row * map_.row;
-    switch (map_.dtype) {
-      case DType::kFloat32: scatter(staging_, map_, channels_, width_, at<float>(offset)); break;
-      case DType::kBFloat16: scatter(staging_, map_, channels_, width_, at<BFloat16>(offset)); break;
-      case DType::kFloat16: scatter(staging_, map_, channels_, width_, at<Half>(offset)); break;
-    }
+    if (!direct_) by_dtype(row, [&](auto* target) { scatter(staging_, map_, channels_, width_, target); });
   }
 
  private:
   static constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+
+  // Calls run(pointer to the row, of the map's type).
+  template <class Run>
+  void by_dtype(int64_t row, const Run& run) const {
+    const int64_t offset = origin_ + row * map_.row;
+    switch (map_.dtype) {
+      case DType::kFloat32: return run(at<float>(offset));
+      case DType::kBFloat16: return run(at<BFloat16>(offset));
+      case DType::kFloat16: return run(at<Half>(offset));
+    }
+  }
 
   template <class U>
   U* at(int64_t offset) const {

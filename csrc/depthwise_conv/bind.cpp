@@ -1,13 +1,10 @@
 // Binds the CPU kernels of depthwise_conv to its ops.
-#include <torch/library.h>
-
 #include <string>
 
-#include "common/parallel.h"
+#include "common/bind_cpu.h"
 #include "depthwise_conv/cpu.h"
 
 namespace mmspatialmamba {
-
 namespace {
 
 Finish finish_of(const char* op, const std::string& name) {
@@ -23,9 +20,7 @@ struct Inputs {
   at::Tensor weights, bias;
   ConvArgs args;
 
-  Inputs(const char* op, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_,
-         const std::string& finish)
-      : checks(op, "x", x) {
+  Inputs(const char* op, Arg x, Arg weight, Arg bias_, const std::string& finish) : checks(op, "x", x) {
     checks.dimensions("x", x, 4);
     checks("weight", weight, {x.size(1), 1, 3, 3});
     checks("bias", bias_, {x.size(1)});
@@ -35,8 +30,7 @@ struct Inputs {
   }
 };
 
-at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                          const std::string& finish) {
+at::Tensor depthwise_conv(Arg x, Arg weight, Arg bias, const std::string& finish) {
   const Inputs in("depthwise_conv", x, weight, bias, finish);
   const ConvArgs& args = in.args;
   at::Tensor y = at::empty_like(x);
@@ -51,8 +45,7 @@ at::Tensor depthwise_conv(const at::Tensor& x, const at::Tensor& weight, const a
   return y;
 }
 
-Tensors<3> depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                                   const at::Tensor& bias, const std::string& finish) {
+Tensors<3> depthwise_conv_backward(Arg grad, Arg x, Arg weight, Arg bias, const std::string& finish) {
   const Inputs in("depthwise_conv_backward", x, weight, bias, finish);
   const ConvArgs& args = in.args;
   in.checks("grad", grad, x.sizes());
@@ -66,11 +59,7 @@ Tensors<3> depthwise_conv_backward(const at::Tensor& grad, const at::Tensor& x, 
   return {grad_x, as(sums.narrow(0, 0, 9).t(), weight), as(sums.select(0, 9), bias)};
 }
 
+MMSPATIALMAMBA_BIND(CPU, depthwise_conv, depthwise_conv, depthwise_conv_backward)
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
-  m.impl("depthwise_conv", depthwise_conv);
-  m.impl("depthwise_conv_backward", depthwise_conv_backward);
-}
-
 }  // namespace mmspatialmamba

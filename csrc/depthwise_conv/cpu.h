@@ -1,7 +1,7 @@
 // The interface of the CPU kernels of depthwise_conv.
 #pragma once
 
-#include "common/cpu.h"
+#include "common/types.h"
 
 namespace mmspatialmamba {
 

@@ -1,36 +1,33 @@
 // Binds the CPU kernels of gated_layer_norm to its ops.
-#include <torch/library.h>
-
-#include "common/parallel.h"
+#include "common/bind_cpu.h"
 #include "gated_layer_norm/cpu.h"
 
 namespace mmspatialmamba {
-
 namespace {
 
 constexpr int64_t kTaskRows = 64;
 
 int64_t row_tasks(int64_t rows) { return (rows + kTaskRows - 1) / kTaskRows; }
 
-// Runs task(number, first row, behind the last row, scratch).
+// Runs task(first row, behind the last row, scratch).
 template <class Task>
 void parallel_rows(int64_t rows, int64_t scratch, const Task& task) {
   parallel_tasks(row_tasks(rows), scratch, [&](int64_t number, float* memory) {
-    task(number, number * kTaskRows, std::min((number + 1) * kTaskRows, rows), memory);
+    task(number * kTaskRows, std::min((number + 1) * kTaskRows, rows), memory);
   });
 }
 
 // A (rows, dim) view, or copy where there is none with its channels side by side.
-at::Tensor as_matrix(const at::Tensor& t) {
+at::Tensor as_matrix(Arg t) {
   const int64_t dim = t.size(-1);
   const at::Tensor flat = t.reshape({dim ? t.numel() / dim : 0, dim});
   return flat.stride(1) == 1 ? flat : flat.contiguous();
 }
 
-Matrix matrix_of(const at::Tensor& t) { return {t.data_ptr(), dtype_of(t.scalar_type()), t.stride(0)}; }
+Matrix matrix_of(Arg t) { return {t.data_ptr(), dtype_of(t.scalar_type()), t.stride(0)}; }
 
 // A vector as floats, with zeros up to whole vectors.
-at::Tensor padded(const at::Tensor& t) {
+at::Tensor padded(Arg t) {
   const int64_t missing = vectors(t.size(0)) - t.size(0);
   return missing ? at::constant_pad_nd(floats(t), {0, missing}) : floats(t);
 }
@@ -41,9 +38,7 @@ struct Inputs {
   at::Tensor x, gate, weight, bias;
   NormArgs args;
 
-  Inputs(const char* op, const at::Tensor& x_, const at::Tensor& gate_, const at::Tensor& weight_,
-         const at::Tensor& bias_, double eps)
-      : checks(op, "x", x_) {
+  Inputs(const char* op, Arg x_, Arg gate_, Arg weight_, Arg bias_, double eps) : checks(op, "x", x_) {
     TORCH_CHECK(x_.dim() > 0, op, ": x must have at least 1 dimension, but has none");
     checks("gate", gate_, x_.sizes());
     checks("weight", weight_, {x_.size(-1)});
@@ -59,46 +54,34 @@ struct Inputs {
   }
 };
 
-at::Tensor gated_layer_norm(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& weight,
-                            const at::Tensor& bias, double eps) {
+at::Tensor gated_layer_norm(Arg x, Arg gate, Arg weight, Arg bias, double eps) {
   const Inputs in("gated_layer_norm", x, gate, weight, bias, eps);
   at::Tensor y = at::empty(x.sizes(), x.options());
-  if (y.numel() == 0) return y;
   const Matrix out = matrix_of(as_matrix(y));
   parallel_rows(in.args.rows, GatedLayerNormCpu::forward_scratch(in.args.dim),
-                [&](int64_t, int64_t first, int64_t last, float* scratch) {
-                  MMSPATIALMAMBA_CPU(gated_layer_norm).forward(in.args, out, first, last, scratch);
-                });
+                [&](auto... task) { MMSPATIALMAMBA_CPU(gated_layer_norm).forward(in.args, out, task...); });
   return y;
 }
 
-Tensors<4> gated_layer_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gate,
-                                     const at::Tensor& weight, const at::Tensor& bias, double eps) {
+Tensors<4> gated_layer_norm_backward(Arg grad, Arg x, Arg gate, Arg weight, Arg bias, double eps) {
   const Inputs in("gated_layer_norm_backward", x, gate, weight, bias, eps);
   in.checks("grad", grad, x.sizes());
   const int64_t rows = in.args.rows, dim = in.args.dim;
   const at::Tensor grads = as_matrix(grad);
   at::Tensor grad_x = at::empty(x.sizes(), x.options()), grad_gate = at::empty(gate.sizes(), gate.options());
   at::Tensor sums = zero_floats({row_tasks(rows), 2, dim}, x);
-  if (x.numel() > 0) {
-    const Matrix incoming = matrix_of(grads), to_x = matrix_of(as_matrix(grad_x)),
-                 to_gate = matrix_of(as_matrix(grad_gate));
-    float* partial = sums.mutable_data_ptr<float>();
-    parallel_rows(rows, GatedLayerNormCpu::backward_scratch(dim),
-                  [&](int64_t number, int64_t first, int64_t last, float* scratch) {
-                    MMSPATIALMAMBA_CPU(gated_layer_norm)
-                        .backward(in.args, incoming, to_x, to_gate, partial + number * 2 * dim, first, last, scratch);
-                  });
-  }
+  const Matrix incoming = matrix_of(grads), to_x = matrix_of(as_matrix(grad_x)),
+               to_gate = matrix_of(as_matrix(grad_gate));
+  float* const partial = sums.mutable_data_ptr<float>();
+  parallel_rows(rows, GatedLayerNormCpu::backward_scratch(dim), [&](int64_t first, auto... task) {
+    float* const own = partial + first / kTaskRows * 2 * dim;
+    MMSPATIALMAMBA_CPU(gated_layer_norm).backward(in.args, incoming, to_x, to_gate, own, first, task...);
+  });
   sums = sums.sum(0);
   return {grad_x, grad_gate, as(sums.select(0, 0), weight), as(sums.select(0, 1), bias)};
 }
 
+MMSPATIALMAMBA_BIND(CPU, gated_layer_norm, gated_layer_norm, gated_layer_norm_backward)
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
-  m.impl("gated_layer_norm", gated_layer_norm);
-  m.impl("gated_layer_norm_backward", gated_layer_norm_backward);
-}
-
 }  // namespace mmspatialmamba

@@ -1,6 +1,6 @@
 #include "gated_layer_norm/cpu.h"
 
-#include "common/half.h"
+#include "common/vec.h"
 
 namespace mmspatialmamba::ISA {
 namespace {

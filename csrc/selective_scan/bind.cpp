@@ -1,19 +1,16 @@
 // Binds the kernels of selective_scan to its ops.
-#include <torch/library.h>
-
-#include "common/parallel.h"
+#include "common/bind_cpu.h"
 #include "selective_scan/cpu.h"
 #ifdef WITH_CUDA
-#include "common/cuda_tensors.h"
+#include "common/bind_cuda.h"
 #include "selective_scan/cuda.h"
 #endif
 
 namespace mmspatialmamba {
-
 namespace {
 
 struct Inputs {
-  const at::Tensor &u, &delta, &A, &B;
+  Arg u, delta, A, B;
   const OptionalTensor& delta_bias;
   bool delta_softplus;
 };
@@ -31,21 +28,19 @@ Checks check(const char* op, const Inputs& in) {
 }
 
 template <at::Tensor run(const Inputs&)>
-at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
-                   const OptionalTensor& delta_bias, bool delta_softplus) {
+at::Tensor forward(Arg u, Arg delta, Arg A, Arg B, const OptionalTensor& delta_bias, bool delta_softplus) {
   const Inputs in{u, delta, A, B, delta_bias, delta_softplus};
   check("selective_scan", in);
   return run(in);
 }
 
-template <Tensors<5> run(const at::Tensor&, const at::Tensor&, const Inputs&)>
-Tensors<5> backward(const at::Tensor& grad, const at::Tensor& h, const at::Tensor& u, const at::Tensor& delta,
-                    const at::Tensor& A, const at::Tensor& B, const OptionalTensor& delta_bias, bool delta_softplus) {
+template <Tensors<5> run(Arg, Arg, const Inputs&)>
+Tensors<5> backward(Arg grad, Arg h, Arg u, Arg delta, Arg A, Arg B, const OptionalTensor& delta_bias,
+                    bool delta_softplus) {
   const Inputs in{u, delta, A, B, delta_bias, delta_softplus};
   const Checks checks = check("selective_scan_backward", in);
-  for (const auto& [name, t] : {std::make_pair("grad", &grad), std::make_pair("h", &h)}) {
-    checks(name, *t, {u.size(0), u.size(1), A.size(1), u.size(2)});
-  }
+  checks("grad", grad, {u.size(0), u.size(1), A.size(1), u.size(2)});
+  checks("h", h, grad.sizes());
   return run(floats(grad), floats(h), in);
 }
 
@@ -80,7 +75,7 @@ at::Tensor cpu_forward(const Inputs& in) {
   return h;
 }
 
-Tensors<5> cpu_backward(const at::Tensor& grad, const at::Tensor& h, const Inputs& in) {
+Tensors<5> cpu_backward(Arg grad, Arg h, const Inputs& in) {
   const CpuInputs cpu(in);
   const auto& [batch, dim, state, length] = cpu.shape();
   at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.delta);
@@ -99,6 +94,8 @@ Tensors<5> cpu_backward(const at::Tensor& grad, const at::Tensor& h, const Input
           grad_of_bias(grad_bias.sum(0), in.delta_bias, in.A)};
 }
 
+MMSPATIALMAMBA_BIND(CPU, selective_scan, forward<cpu_forward>, backward<cpu_backward>)
+
 #ifdef WITH_CUDA
 
 struct CudaInputs : Parameters {
@@ -107,9 +104,7 @@ struct CudaInputs : Parameters {
   cuda::SelectiveInputs args;
 
   explicit CudaInputs(const Inputs& in)
-      : Parameters(in),
-        dtype(cuda::common_dtype(in.u, in.delta)),
-        u(in.u.to(dtype).contiguous()),
+      : Parameters(in), dtype(cuda::common_dtype(in.u, in.delta)), u(in.u.to(dtype).contiguous()),
         delta(in.delta.to(dtype).contiguous()) {
     constexpr const char* kOp = "selective_scan";
     args = {cuda::narrow(kOp, u.size(0)), cuda::narrow(kOp, u.size(1)), cuda::narrow(kOp, A.size(1))};
@@ -138,7 +133,7 @@ at::Tensor cuda_forward(const Inputs& in) {
   return h;
 }
 
-Tensors<5> cuda_backward(const at::Tensor& grad, const at::Tensor& h, const Inputs& in) {
+Tensors<5> cuda_backward(Arg grad, Arg h, const Inputs& in) {
   const c10::cuda::CUDAGuard guard(in.u.device());
   const CudaInputs gpu(in);
   const int64_t state = in.A.size(1);
@@ -159,20 +154,9 @@ Tensors<5> cuda_backward(const at::Tensor& grad, const at::Tensor& h, const Inpu
           grad_of_bias(sums.select(1, state), in.delta_bias, in.A)};
 }
 
+MMSPATIALMAMBA_BIND(CUDA, selective_scan, forward<cuda_forward>, backward<cuda_backward>)
+
 #endif
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
-  m.impl("selective_scan", forward<cpu_forward>);
-  m.impl("selective_scan_backward", backward<cpu_backward>);
-}
-
-#ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CUDA, m) {
-  m.impl("selective_scan", forward<cuda_forward>);
-  m.impl("selective_scan_backward", backward<cuda_backward>);
-}
-#endif
-
 }  // namespace mmspatialmamba

@@ -1,7 +1,7 @@
 // The interface of the CPU kernels of selective_scan.
 #pragma once
 
-#include "common/cpu.h"
+#include "common/types.h"
 
 namespace mmspatialmamba {
 

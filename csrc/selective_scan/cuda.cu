@@ -2,11 +2,10 @@
 
 #include "common/numerics.cuh"
 #include "common/plan.h"
-#include "selective_scan/combine.cuh"
 #include "selective_scan/cuda.h"
+#include "selective_scan/scan.cuh"
 
 namespace mmspatialmamba::cuda {
-
 namespace {
 
 // Scans a chunk of a row (batch, channel, state): forward to h, or backward to the gradient of h before the recurrence.
@@ -156,7 +155,7 @@ void scan(const SelectiveInputs& in, const float* grad, float* out, float* works
   float* states = workspace + 2 * padded * in.chunks;
   Scan p{in, grad, out, steps, nullptr, rows, padded, (in.length + in.chunks - 1) / in.chunks};
   launch(scan_kernel<T>, rows * in.chunks, kThreads, 0, stream, p);
-  combine(steps, states, 1, in.chunks, padded, grad != nullptr, stream);
+  (grad ? combine<true> : combine<false>)(steps, states, 1, in.chunks, padded, stream);
   p.states = states;
   launch(scan_kernel<T>, rows * in.chunks, kThreads, 0, stream, p);
 }

@@ -1,20 +1,16 @@
 // Binds the kernels of state_fusion to its ops.
-#include <torch/library.h>
-
-#include "common/parallel.h"
-#include "state_fusion/cpu_kernels.h"
-#include "state_fusion/merge.h"
+#include "common/bind_cpu.h"
+#include "state_fusion/kernels.h"
 #ifdef WITH_CUDA
-#include "common/cuda_tensors.h"
+#include "common/bind_cuda.h"
 #include "state_fusion/cuda.h"
 #endif
 
 namespace mmspatialmamba {
-
 namespace {
 
 struct Inputs {
-  const at::Tensor &h, &k1, &k3, &k5, &alpha;
+  Arg h, k1, k3, k5, alpha;
 };
 
 Checks check(const char* op, const Inputs& in) {
@@ -25,16 +21,14 @@ Checks check(const char* op, const Inputs& in) {
 }
 
 template <at::Tensor run(const Inputs&)>
-at::Tensor forward(const at::Tensor& h, const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5,
-                   const at::Tensor& alpha) {
+at::Tensor forward(Arg h, Arg k1, Arg k3, Arg k5, Arg alpha) {
   const Inputs in{h, k1, k3, k5, alpha};
   check("state_fusion", in);
   return run(in);
 }
 
-template <Tensors<2> run(const at::Tensor&, const Inputs&)>
-Tensors<5> backward(const at::Tensor& grad, const at::Tensor& h, const at::Tensor& k1, const at::Tensor& k3,
-                    const at::Tensor& k5, const at::Tensor& alpha) {
+template <Tensors<2> run(Arg, const Inputs&)>
+Tensors<5> backward(Arg grad, Arg h, Arg k1, Arg k3, Arg k5, Arg alpha) {
   const Inputs in{h, k1, k3, k5, alpha};
   check("state_fusion_backward", in)("grad", grad, h.sizes());
   const auto [grad_h, grad_taps] = run(grad, in);
@@ -52,7 +46,7 @@ at::Tensor cpu_forward(const Inputs& in) {
 }
 
 // The gradients of h and of the taps.
-Tensors<2> cpu_backward(const at::Tensor& grad, const Inputs& in) {
+Tensors<2> cpu_backward(Arg grad, const Inputs& in) {
   const CpuFusionKernels kernels(in.k1, in.k3, in.k5, in.alpha);
   const FusionArgs args{shape_of(in.h), map_of(in.h), kernels.get()};
   at::Tensor grad_h = at::empty_like(in.h), sums = zero_floats({kTaps, args.batch, args.dim}, in.h);
@@ -63,6 +57,8 @@ Tensors<2> cpu_backward(const at::Tensor& grad, const Inputs& in) {
   return {grad_h, sums.sum(1)};
 }
 
+MMSPATIALMAMBA_BIND(CPU, state_fusion, forward<cpu_forward>, backward<cpu_backward>)
+
 #ifdef WITH_CUDA
 
 // What the CUDA kernels take.
@@ -72,10 +68,8 @@ struct CudaInputs {
   cuda::Plan plan;
 
   explicit CudaInputs(const Inputs& in)
-      : h(cuda::as_input(in.h, at::kFloat)),
-        taps(merge_taps(in.k1, in.k3, in.k5, in.alpha)),
-        size(cuda::size_of("state_fusion", h)),
-        plan(cuda::make_plan(size, cuda::multiprocessors())) {}
+      : h(cuda::as_input(in.h, at::kFloat)), taps(merge_taps(in.k1, in.k3, in.k5, in.alpha)),
+        size(cuda::size_of("state_fusion", h)), plan(cuda::make_plan(size, cuda::multiprocessors())) {}
 };
 
 at::Tensor cuda_forward(const Inputs& in) {
@@ -90,7 +84,7 @@ at::Tensor cuda_forward(const Inputs& in) {
   return out.finish();
 }
 
-Tensors<2> cuda_backward(const at::Tensor& grad, const Inputs& in) {
+Tensors<2> cuda_backward(Arg grad, const Inputs& in) {
   const c10::cuda::CUDAGuard guard(in.h.device());
   const CudaInputs gpu(in);
   cuda::Output grad_h(in.h, in.h.scalar_type(), at::kFloat);
@@ -108,20 +102,9 @@ Tensors<2> cuda_backward(const at::Tensor& grad, const Inputs& in) {
   return {grad_h.finish(), sums.sum(0).narrow(0, 0, kTaps).narrow(1, 0, gpu.size.dim)};
 }
 
+MMSPATIALMAMBA_BIND(CUDA, state_fusion, forward<cuda_forward>, backward<cuda_backward>)
+
 #endif
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
-  m.impl("state_fusion", forward<cpu_forward>);
-  m.impl("state_fusion_backward", backward<cpu_backward>);
-}
-
-#ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CUDA, m) {
-  m.impl("state_fusion", forward<cuda_forward>);
-  m.impl("state_fusion_backward", backward<cuda_backward>);
-}
-#endif
-
 }  // namespace mmspatialmamba

@@ -68,27 +68,22 @@ constexpr TapRow find_tap_row(int k) {
   }
 }
 
-// The tap seen from the other side.
-__host__ __device__ constexpr int mirrored(int tap) { return tap < 9 ? 8 - tap : tap < 17 ? 25 - tap : 41 - tap; }
-
-constexpr bool are_mirrored() {
-  for (int tap = 0; tap < kTaps; ++tap) {
-    if (mirrored(tap) != find_tap(-kTapTable[tap].row, -kTapTable[tap].column)) return false;
-  }
-  return true;
-}
-static_assert(are_mirrored(), "mirrored() contradicts the table of taps");
-
-// Tap I of row K. Device code can read no table of the host's, but numbers from it.
-template <int K, int I = 0>
+// Tap I of row K; kMirrored: the tap seen from the other side. Device code can read no table of the host's, but numbers
+// from it.
+template <int K, bool kMirrored = false, int I = 0>
 struct RowTap {
   static constexpr TapRow kRow = find_tap_row(K);
   static constexpr int kOffset = kRow.offset, kCount = kRow.count, kWidest = -kRow.column[0];
-  static constexpr int kTap = kRow.tap[I], kColumn = kRow.column[I];
+  static constexpr int kColumn = kRow.column[I], kTap = kMirrored ? find_tap(-kOffset, -kColumn) : kRow.tap[I];
 };
 
-template <int K, class Visit, int... I>
-__device__ __forceinline__ void visit_taps(const float* row, Visit visit, std::integer_sequence<int, I...>) {
+template <int K>
+using TapsOfRow = std::make_integer_sequence<int, RowTap<K>::kCount>;
+
+// Calls visit(tap, j, value) for the taps of row K and the thread's columns j. `row` points at the first of these
+// columns.
+template <int K, bool kMirrored, class Visit, int... I>
+__device__ __forceinline__ void visit_row(const float* row, Visit visit, std::integer_sequence<int, I...>) {
   constexpr int reach = RowTap<K>::kWidest;
   float values[kColumns + 2 * reach];
 #pragma unroll
@@ -97,14 +92,7 @@ __device__ __forceinline__ void visit_taps(const float* row, Visit visit, std::i
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) visit(tap, j, values[j + column + reach]);
   };
-  (visit_tap(RowTap<K, I>::kTap, RowTap<K, I>::kColumn), ...);
-}
-
-// Calls visit(tap, j, value) for the taps of row K and the thread's columns j. `row` points at the first of these
-// columns.
-template <int K, class Visit>
-__device__ __forceinline__ void visit_row(const float* row, Visit visit) {
-  visit_taps<K>(row, visit, std::make_integer_sequence<int, RowTap<K>::kCount>());
+  (visit_tap(RowTap<K, kMirrored, I>::kTap, RowTap<K, kMirrored, I>::kColumn), ...);
 }
 
 // Visits the rows that row `q` of the fusion reads, from row K on, replicated beyond the borders. The loop, of one
@@ -112,17 +100,20 @@ __device__ __forceinline__ void visit_row(const float* row, Visit visit) {
 template <int K = 0, class Visit>
 __device__ __forceinline__ void visit_clamped(const float* ring, int row_size, int q, int height, Visit visit) {
   const int row = min(max(q + RowTap<K>::kOffset, 0), height - 1);
-  for (int turn = 0; turn < min(height, 1); ++turn) visit_row<K>(ring + row % kRing * row_size, visit);
+  for (int turn = 0; turn < min(height, 1); ++turn)
+    visit_row<K, false>(ring + row % kRing * row_size, visit, TapsOfRow<K>());
   if constexpr (K + 1 < kTapRows) visit_clamped<K + 1>(ring, row_size, q, height, visit);
 }
 
-// The rows that reach row `q` when the fusion is transposed; what would land beyond a border lands on it.
+// The rows that reach row `q` when the fusion is transposed; what would land beyond a border lands on it, so there are
+// several of a kind at the borders, and nowhere else.
 template <int K = 0, class Visit>
 __device__ __forceinline__ void visit_folded(const float* ring, int row_size, int q, int height, Visit visit) {
   const int row = q + RowTap<K>::kOffset;
   const int begin = q == 0 ? 0 : max(row, 0);
   const int end = q == height - 1 ? height - 1 : min(row, height - 1);
-  for (int i = begin; i <= end; ++i) visit_row<K>(ring + i % kRing * row_size, visit);
+#pragma unroll 1
+  for (int i = begin; i <= end; ++i) visit_row<K, true>(ring + i % kRing * row_size, visit, TapsOfRow<K>());
   if constexpr (K + 1 < kTapRows) visit_folded<K + 1>(ring, row_size, q, height, visit);
 }
 

@@ -1,21 +1,17 @@
 // Binds the kernels of structure_aware_scan to its ops.
-#include <torch/library.h>
-
-#include "common/parallel.h"
-#include "state_fusion/cpu_kernels.h"
-#include "state_fusion/merge.h"
+#include "common/bind_cpu.h"
+#include "state_fusion/kernels.h"
 #include "structure_aware_scan/cpu.h"
 #ifdef WITH_CUDA
-#include "common/cuda_tensors.h"
+#include "common/bind_cuda.h"
 #include "structure_aware_scan/cuda.h"
 #endif
 
 namespace mmspatialmamba {
-
 namespace {
 
 struct Inputs {
-  const at::Tensor &u, &delta, &A, &B, &C, &D, &k1, &k3, &k5, &alpha;
+  Arg u, delta, A, B, C, D, k1, k3, k5, alpha;
   const OptionalTensor& delta_bias;
   bool delta_softplus;
 };
@@ -35,19 +31,15 @@ Checks check(const char* op, const Inputs& in) {
 }
 
 template <at::Tensor run(const Inputs&)>
-at::Tensor forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
-                   const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1, const at::Tensor& k3,
-                   const at::Tensor& k5, const at::Tensor& alpha, const OptionalTensor& delta_bias,
-                   bool delta_softplus) {
+at::Tensor forward(Arg u, Arg delta, Arg A, Arg B, Arg C, Arg D, Arg k1, Arg k3, Arg k5, Arg alpha,
+                   const OptionalTensor& delta_bias, bool delta_softplus) {
   const Inputs in{u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus};
   check("structure_aware_scan", in);
   return run(in);
 }
 
-template <Tensors<11> run(const at::Tensor&, const Inputs&)>
-Tensors<11> backward(const at::Tensor& grad, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A,
-                     const at::Tensor& B, const at::Tensor& C, const at::Tensor& D, const at::Tensor& k1,
-                     const at::Tensor& k3, const at::Tensor& k5, const at::Tensor& alpha,
+template <Tensors<11> run(Arg, const Inputs&)>
+Tensors<11> backward(Arg grad, Arg u, Arg delta, Arg A, Arg B, Arg C, Arg D, Arg k1, Arg k3, Arg k5, Arg alpha,
                      const OptionalTensor& delta_bias, bool delta_softplus) {
   const Inputs in{u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus};
   check("structure_aware_scan_backward", in)("grad", grad, u.sizes());
@@ -56,8 +48,7 @@ Tensors<11> backward(const at::Tensor& grad, const at::Tensor& u, const at::Tens
 
 // The gradients from partial ones of B and C, to be summed over their first dimension, and from those of the 25 taps,
 // of A, of D and of the bias, (28, dim).
-Tensors<11> gradients(const Inputs& in, const at::Tensor& grad_u, const at::Tensor& grad_delta,
-                      const at::Tensor& partial_B, const at::Tensor& partial_C, const at::Tensor& sums) {
+Tensors<11> gradients(const Inputs& in, Arg grad_u, Arg grad_delta, Arg partial_B, Arg partial_C, Arg sums) {
   return std::tuple_cat(std::make_tuple(grad_u, grad_delta, as(sums.select(0, kTaps), in.A), as(partial_B.sum(0), in.B),
                                         as(partial_C.sum(0), in.C), as(sums.select(0, kTaps + 1), in.D)),
                         split_taps_gradient(sums.narrow(0, 0, kTaps), in.k1, in.k3, in.k5, in.alpha),
@@ -84,8 +75,7 @@ struct CpuInputs {
   ScanArgs args;
 
   explicit CpuInputs(const Inputs& in)
-      : parameters(in),
-        kernels(in.k1, in.k3, in.k5, in.alpha),
+      : parameters(in), kernels(in.k1, in.k3, in.k5, in.alpha),
         args{shape_of(in.u), parameters.get(), map_of(in.u), map_of(in.delta), kernels.get(), in.delta_softplus} {}
 };
 
@@ -98,7 +88,7 @@ at::Tensor cpu_forward(const Inputs& in) {
   return y;
 }
 
-Tensors<11> cpu_backward(const at::Tensor& grad, const Inputs& in) {
+Tensors<11> cpu_backward(Arg grad, const Inputs& in) {
   const CpuInputs cpu(in);
   const Shape shape = cpu.args;
   at::Tensor grad_u = at::empty_like(in.u), grad_delta = at::empty_like(in.delta);
@@ -117,6 +107,8 @@ Tensors<11> cpu_backward(const at::Tensor& grad, const Inputs& in) {
   return gradients(in, grad_u, grad_delta, partial_B, partial_C, sums.sum(1));
 }
 
+MMSPATIALMAMBA_BIND(CPU, structure_aware_scan, forward<cpu_forward>, backward<cpu_backward>)
+
 #ifdef WITH_CUDA
 
 struct CudaInputs {
@@ -127,11 +119,8 @@ struct CudaInputs {
   cuda::Plan plan;
 
   explicit CudaInputs(const Inputs& in)
-      : dtype(cuda::common_dtype(in.u, in.delta)),
-        u(cuda::as_input(in.u, dtype)),
-        delta(cuda::as_input(in.delta, dtype)),
-        taps(merge_taps(in.k1, in.k3, in.k5, in.alpha)),
-        parameters(in),
+      : dtype(cuda::common_dtype(in.u, in.delta)), u(cuda::as_input(in.u, dtype)),
+        delta(cuda::as_input(in.delta, dtype)), taps(merge_taps(in.k1, in.k3, in.k5, in.alpha)), parameters(in),
         args{parameters.get(),  cuda::size_of("structure_aware_scan", u),
              in.delta_softplus, map_of(u),
              map_of(delta),     taps.const_data_ptr<float>()},
@@ -151,7 +140,7 @@ at::Tensor cuda_forward(const Inputs& in) {
   return y.finish();
 }
 
-Tensors<11> cuda_backward(const at::Tensor& grad, const Inputs& in) {
+Tensors<11> cuda_backward(Arg grad, const Inputs& in) {
   const c10::cuda::CUDAGuard guard(in.u.device());
   const CudaInputs gpu(in);
   const cuda::Size& size = gpu.args.size;
@@ -175,20 +164,9 @@ Tensors<11> cuda_backward(const at::Tensor& grad, const Inputs& in) {
   return gradients(in, grad_u.finish(), grad_delta.finish(), partial_B, partial_C, sums.sum(0).narrow(1, 0, size.dim));
 }
 
+MMSPATIALMAMBA_BIND(CUDA, structure_aware_scan, forward<cuda_forward>, backward<cuda_backward>)
+
 #endif
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CPU, m) {
-  m.impl("structure_aware_scan", forward<cpu_forward>);
-  m.impl("structure_aware_scan_backward", backward<cpu_backward>);
-}
-
-#ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(mmspatialmamba_native, CUDA, m) {
-  m.impl("structure_aware_scan", forward<cuda_forward>);
-  m.impl("structure_aware_scan_backward", backward<cuda_backward>);
-}
-#endif
-
 }  // namespace mmspatialmamba

@@ -1,9 +1,8 @@
-#include "selective_scan/combine.cuh"
+#include "selective_scan/scan.cuh"
 #include "structure_aware_scan/cuda.h"
 #include "structure_aware_scan/kernels.cuh"
 
 namespace mmspatialmamba::cuda {
-
 namespace {
 
 // Blocks that run after one another can't be relied on, so a map cut in several gets the states that enter each row
@@ -31,8 +30,8 @@ void find_states(Problem<T>& p, float* workspace, cudaStream_t stream) {
   p.steps = reinterpret_cast<Affine*>(workspace);
   p.states = workspace + 2 * count;
   launch(steps_kernel<T>, all_blocks(p.size, p.plan), block_threads(p.plan), StepsShared<T>::bytes(p.plan), stream, p);
-  combine(p.steps, workspace + 2 * count, p.size.batch, static_cast<int64_t>(p.size.height) * p.plan.tiles,
-          padded_dim(p.size.dim), false, stream);
+  combine<false>(p.steps, workspace + 2 * count, p.size.batch, static_cast<int64_t>(p.size.height) * p.plan.tiles,
+                 padded_dim(p.size.dim), stream);
 }
 
 template <class T>
@@ -63,8 +62,8 @@ void run_backward(const ScanInputs& in, const Plan& plan, const Map& grad, const
   find_states(p, workspace, stream);
   launch(transposed_kernel<T, true>, count_blocks, threads, TransposedShared<T>::bytes(plan), stream, p);
   p.returns = workspace + 3 * count;
-  combine(p.steps, workspace + 3 * count, in.size.batch, static_cast<int64_t>(in.size.height) * plan.tiles, width, true,
-          stream);
+  combine<true>(p.steps, workspace + 3 * count, in.size.batch, static_cast<int64_t>(in.size.height) * plan.tiles, width,
+                stream);
   launch(backward_kernel<T, true>, count_blocks, threads, BackwardShared<T>::bytes(plan), stream, p);
 }
 

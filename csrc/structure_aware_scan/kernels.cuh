@@ -45,12 +45,10 @@ __device__ __forceinline__ Channel load_channel(const Problem<T>& p, const Block
 
 // (25, channel), in shared memory: registers are scarce.
 template <class T>
-__device__ __forceinline__ void load_taps(const Problem<T>& p, const Block& b, bool mirror, float* taps) {
+__device__ __forceinline__ void load_taps(const Problem<T>& p, const Block& b, float* taps) {
   for (int i = threadIdx.x; i < kTaps * kChannels; i += blockDim.x) {
     const int channel = i % kChannels, tap = i / kChannels;
-    taps[i] = channel < b.channels
-                  ? p.taps[static_cast<int64_t>(mirror ? mirrored(tap) : tap) * p.size.dim + b.channel0 + channel]
-                  : 0.f;
+    taps[i] = channel < b.channels ? p.taps[static_cast<int64_t>(tap) * p.size.dim + b.channel0 + channel] : 0.f;
   }
 }
 
@@ -66,8 +64,33 @@ __device__ __forceinline__ float sum_channels(float x) {
   return x;
 }
 
-// Shared memory begins with what scan_block needs, and the taps.
+// Shared memory: what scan_block needs, the taps, two stages of rows that are copied ahead, and the rest.
+struct Shared {
+  Affine* warps;
+  float* taps;
+  unsigned char* stages;
+  int size;  // of a stage, in bytes
+
+  __device__ __forceinline__ Shared(unsigned char* memory, int stage_size)
+      : warps(reinterpret_cast<Affine*>(memory)), taps(reinterpret_cast<float*>(warps + kChannels * kWarps)),
+        stages(reinterpret_cast<unsigned char*>(taps + kTaps * kChannels)), size(stage_size) {}
+
+  __device__ __forceinline__ unsigned char* stage(int row) const { return stages + (row & 1) * size; }
+  __device__ __forceinline__ float* rest() const { return reinterpret_cast<float*>(stages + 2 * size); }
+};
+
 constexpr int kFixedBytes = kChannels * static_cast<int>(kWarps * sizeof(Affine) + kTaps * sizeof(float));
+
+// Waits for what was copied ahead for a row, and starts copying for the next. A walk starts at the row before its
+// first, for which there is nothing else to do: then the result is false.
+template <class Prefetch>
+__device__ __forceinline__ bool enter_row(int row, int begin, int end, const Prefetch& prefetch) {
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  if (row + 1 < end) prefetch(row + 1);
+  __pipeline_commit();
+  return row >= begin;
+}
 
 // The step that each row of a tile makes, from the column where the tile's halo begins to where the next tile's does.
 template <class T>
@@ -77,29 +100,23 @@ struct StepsShared {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) steps_kernel(const Problem<T> p) {
-  MMSPATIALMAMBA_SHARED(shared);
+  MMSPATIALMAMBA_SHARED(memory);
   const Block b = this_block(p.size, p.plan);
   const int map_bytes = stage_bytes<T>(p.plan);
-  Affine* warps = reinterpret_cast<Affine*>(shared);
-  unsigned char* stages = shared + kFixedBytes;
-  const int size = 2 * map_bytes + line_bytes(p.plan);
+  const Shared shared(memory, 2 * map_bytes + line_bytes(p.plan));
   const Channel c = load_channel(p, b);
   const int end = b.tile + 1 < p.plan.tiles ? b.column1 - kHalo : p.size.width;
 
   auto prefetch = [&](int row) {
-    unsigned char* stage = stages + (row & 1) * size;
+    unsigned char* stage = shared.stage(row);
     stage_row(reinterpret_cast<T*>(stage), p.u, b, row);
     stage_row(reinterpret_cast<T*>(stage + map_bytes), p.delta, b, row);
     stage_floats(reinterpret_cast<float*>(stage + 2 * map_bytes), p.B, p.size, b, row);
   };
 
   for (int row = b.row0 - 1; row < b.row1; ++row) {
-    __pipeline_wait_prior(0);
-    __syncthreads();
-    if (row + 1 < b.row1) prefetch(row + 1);
-    __pipeline_commit();
-    if (row < b.row0) continue;
-    unsigned char* stage = stages + (row & 1) * size;
+    if (!enter_row(row, b.row0, b.row1, prefetch)) continue;
+    unsigned char* stage = shared.stage(row);
     const T* u = reinterpret_cast<const T*>(stage);
     const T* delta = reinterpret_cast<const T*>(stage + map_bytes);
     const float* B = reinterpret_cast<const float*>(stage + 2 * map_bytes);
@@ -113,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 3) steps_kernel(const Problem<T> p) 
         own = own.then({accurate_exp(dt * c.A), dt * B[i] * to_float(u[i * kChannels + b.channel])});
       }
     }
-    const Affine total = scan_block<kChannels>(own, warps).total;
+    const Affine total = scan_block<kChannels>(own, shared.warps).total;
     if (b.segment == 0) p.steps[segment_index(p, b, row)] = total;
   }
 }
@@ -129,23 +146,20 @@ struct ForwardShared {
 // y, or without kScan the fusion of u.
 template <class T, bool kScan>
 __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Problem<T> p) {
-  MMSPATIALMAMBA_SHARED(shared);
+  MMSPATIALMAMBA_SHARED(memory);
   const Block b = this_block(p.size, p.plan);
   const int height = p.size.height;
   const int map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
-  const int size = ForwardShared<T>::stage(p.plan), row_size = ring_row(p.plan, kReach);
-  Affine* warps = reinterpret_cast<Affine*>(shared);
-  float* taps = reinterpret_cast<float*>(warps + kChannels * kWarps);
-  unsigned char* stages = shared + kFixedBytes;
-  float* ring = reinterpret_cast<float*>(stages + 2 * size);
-  Channel c{};
-  if (kScan) c = load_channel(p, b);
-  load_taps(p, b, false, taps);
-  taps += b.channel;
+  const int row_size = ring_row(p.plan, kReach);
+  const Shared shared(memory, ForwardShared<T>::stage(p.plan));
+  float* ring = shared.rest();
+  const Channel c = kScan ? load_channel(p, b) : Channel{};
+  load_taps(p, b, shared.taps);
+  const float* taps = shared.taps + b.channel;
 
   // What step `row` needs: row `row` of the inputs of the scan, row `row - 5` of those of the output.
   auto prefetch = [&](int row) {
-    unsigned char* stage = stages + (row & 1) * size;
+    unsigned char* stage = shared.stage(row);
     if (row < height) {
       stage_row(reinterpret_cast<T*>(stage), p.u, b, row);
       if (kScan) {
@@ -162,12 +176,8 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Problem<T> p
   const int begin = max(0, b.row0 - kReach), end = b.row1 + kReach;
   float state = 0.f;
   for (int row = begin - 1; row < end; ++row) {
-    __pipeline_wait_prior(0);
-    __syncthreads();
-    if (row + 1 < end) prefetch(row + 1);
-    __pipeline_commit();
-    if (row < begin) continue;
-    unsigned char* stage = stages + (row & 1) * size;
+    if (!enter_row(row, begin, end, prefetch)) continue;
+    unsigned char* stage = shared.stage(row);
     const T* u = reinterpret_cast<const T*>(stage);
     if (row < height) {
       float h[kColumns];
@@ -187,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const Problem<T> p
           }
           own = own.then(steps[j]);
         }
-        const Scanned scanned = scan_block<kChannels>(own, warps);
+        const Scanned scanned = scan_block<kChannels>(own, shared.warps);
         float value = scanned.before(state);
         state = scanned.total(state);
 #pragma unroll
@@ -241,24 +251,21 @@ struct TransposedShared {
 // kScan, the step that each row of a tile makes backward.
 template <class T, bool kScan>
 __global__ void __launch_bounds__(kThreads, 3) transposed_kernel(const Problem<T> p) {
-  MMSPATIALMAMBA_SHARED(shared);
+  MMSPATIALMAMBA_SHARED(memory);
   const Block b = this_block(p.size, p.plan);
   const int height = p.size.height, width = p.size.width;
   const int map_bytes = stage_bytes<T>(p.plan);
-  const int size = TransposedShared<T>::stage(p.plan), row_size = ring_row(p.plan, 2 * kReach);
-  Affine* warps = reinterpret_cast<Affine*>(shared);
-  float* taps = reinterpret_cast<float*>(warps + kChannels * kWarps);
-  unsigned char* stages = shared + kFixedBytes;
-  float* out = reinterpret_cast<float*>(stages + 2 * size);
+  const int row_size = ring_row(p.plan, 2 * kReach);
+  const Shared shared(memory, TransposedShared<T>::stage(p.plan));
+  float* out = shared.rest();
   float* extended = out + kChannels * stage_columns(p.plan);  // a row with kReach columns on either side
   float* ring = extended + TransposedShared<T>::line_floats(p.plan);
-  Channel c{};
-  if (kScan) c = load_channel(p, b);
-  load_taps(p, b, true, taps);
-  taps += b.channel;
+  const Channel c = kScan ? load_channel(p, b) : Channel{};
+  load_taps(p, b, shared.taps);
+  const float* taps = shared.taps + b.channel;
 
   auto prefetch = [&](int row) {
-    unsigned char* stage = stages + (row & 1) * size;
+    unsigned char* stage = shared.stage(row);
     if (row < height) {
       stage_row(reinterpret_cast<T*>(stage), p.grad, b, row);
       if (kScan) stage_floats(reinterpret_cast<float*>(stage + 2 * map_bytes), p.C, p.size, b, row);
@@ -271,12 +278,8 @@ __global__ void __launch_bounds__(kThreads, 3) transposed_kernel(const Problem<T
   const int segments = (b.column1 - b.column0 + 2 * kReach + kColumns - 1) / kColumns;
   clear(ring, ring_floats(p.plan, 2 * kReach));
   for (int row = begin - 1; row < end; ++row) {
-    __pipeline_wait_prior(0);
-    __syncthreads();
-    if (row + 1 < end) prefetch(row + 1);
-    __pipeline_commit();
-    if (row < begin) continue;
-    unsigned char* stage = stages + (row & 1) * size;
+    if (!enter_row(row, begin, end, prefetch)) continue;
+    unsigned char* stage = shared.stage(row);
     if (row < height) {
       const T* grad = reinterpret_cast<const T*>(stage);
       const float* C = reinterpret_cast<const float*>(stage + 2 * map_bytes);
@@ -325,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 3) transposed_kernel(const Problem<T
       }
     }
     if (kScan) {
-      const Affine total = scan_block<kChannels, true>(own, warps).total;
+      const Affine total = scan_block<kChannels, true>(own, shared.warps).total;
       if (b.segment == 0) p.steps[segment_index(p, b, q)] = total;
     } else {
       __syncthreads();
@@ -348,25 +351,22 @@ struct BackwardShared {
 // Everything else: the gradients of the inputs and of the parameters; without kScan, of the taps alone.
 template <class T, bool kScan>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> p) {
-  MMSPATIALMAMBA_SHARED(shared);
+  MMSPATIALMAMBA_SHARED(memory);
   const Block b = this_block(p.size, p.plan);
   const int height = p.size.height, width = p.size.width;
   const int map_bytes = stage_bytes<T>(p.plan), line = line_bytes(p.plan);
-  const int size = BackwardShared<T>::stage(p.plan), row_size = ring_row(p.plan, kReach);
-  Affine* warps = reinterpret_cast<Affine*>(shared);
-  float* taps = reinterpret_cast<float*>(warps + kChannels * kWarps);
-  unsigned char* stages = shared + kFixedBytes;
-  float* ring = reinterpret_cast<float*>(stages + 2 * size);
-  Channel c{};
-  if (kScan) c = load_channel(p, b);
-  if (kScan) load_taps(p, b, false, taps);
-  taps += b.channel;
+  const int row_size = ring_row(p.plan, kReach);
+  const Shared shared(memory, BackwardShared<T>::stage(p.plan));
+  float* ring = shared.rest();
+  const Channel c = kScan ? load_channel(p, b) : Channel{};
+  if (kScan) load_taps(p, b, shared.taps);
+  const float* taps = shared.taps + b.channel;
 
   // A stage: rows of u, delta, grad and, five rows above, grad; grad_h; lines of B and, five rows above, C.
   const int above = 3 * map_bytes, returned = 4 * map_bytes;
   const int lines = returned + stage_bytes<float>(p.plan);
   auto prefetch = [&](int row) {
-    unsigned char* stage = stages + (row & 1) * size;
+    unsigned char* stage = shared.stage(row);
     if (row < height) {
       stage_row(reinterpret_cast<T*>(stage), p.u, b, row);
       if (kScan) {
@@ -390,12 +390,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
   float sums[kParameters] = {};
   clear(ring, ring_floats(p.plan, kReach));
   for (int row = begin - 1; row < end; ++row) {
-    __pipeline_wait_prior(0);
-    __syncthreads();
-    if (row + 1 < end) prefetch(row + 1);
-    __pipeline_commit();
-    if (row < begin) continue;
-    unsigned char* stage = stages + (row & 1) * size;
+    if (!enter_row(row, begin, end, prefetch)) continue;
+    unsigned char* stage = shared.stage(row);
     T* u = reinterpret_cast<T*>(stage);
     const bool own_row = b.row0 <= row && row < b.row1;
     if (row < height) {
@@ -420,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
           }
           forward = forward.then({decay[j], h[j]});
         }
-        float entering = scan_block<kChannels>(forward, warps).before(state);
+        float entering = scan_block<kChannels>(forward, shared.warps).before(state);
         {
           float value = entering;
 #pragma unroll
@@ -443,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
             }
           }
           __syncthreads();
-          float value = scan_block<kChannels, true>(back, warps).before(returning);
+          float value = scan_block<kChannels, true>(back, shared.warps).before(returning);
 #pragma unroll
           for (int j = kColumns - 1; j >= 0; --j) {
             const int i = b.segment * kColumns + j;

@@ -1,4 +1,4 @@
-// Tensors for CUDA kernels.
+// What the files that bind CUDA kernels share.
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>
@@ -13,16 +13,16 @@
 namespace mmspatialmamba::cuda {
 
 // In one dtype: the kernels take no two.
-inline at::ScalarType common_dtype(const at::Tensor& a, const at::Tensor& b) {
+inline at::ScalarType common_dtype(Arg a, Arg b) {
   return a.scalar_type() == b.scalar_type() ? a.scalar_type() : at::kFloat;
 }
 
 // The kernels take maps whose channels or whose columns lie together.
-inline bool is_usable(const at::Tensor& map) {
+inline bool is_usable(Arg map) {
   return (map.size(1) > 1 && map.stride(1) == 1) || map.size(3) == 1 || map.stride(3) == 1;
 }
 
-inline at::Tensor as_input(const at::Tensor& t, at::ScalarType dtype) {
+inline at::Tensor as_input(Arg t, at::ScalarType dtype) {
   const at::Tensor value = t.to(dtype);
   return is_usable(value) ? value : value.contiguous();
 }
@@ -31,7 +31,7 @@ inline at::Tensor as_input(const at::Tensor& t, at::ScalarType dtype) {
 struct Output {
   at::Tensor result, written;
 
-  Output(const at::Tensor& like, at::ScalarType dtype, at::ScalarType written_dtype)
+  Output(Arg like, at::ScalarType dtype, at::ScalarType written_dtype)
       : result(at::empty_like(like, like.options().dtype(dtype))) {
     written = dtype == written_dtype && is_usable(result)
                   ? result
@@ -48,7 +48,7 @@ inline int32_t narrow(const char* op, int64_t size) {
   return static_cast<int32_t>(size);
 }
 
-inline Size size_of(const char* op, const at::Tensor& map) {
+inline Size size_of(const char* op, Arg map) {
   return {narrow(op, map.size(0)), narrow(op, map.size(1)), narrow(op, map.size(2)), narrow(op, map.size(3))};
 }
 

@@ -1,10 +1,11 @@
-// The fusion's three kernels as one of 25 taps, and back, in tensors of any device.
+// The fusion's three kernels: checked, as the CPU takes them, and as one of 25 taps and back.
 #pragma once
 
 #include <tuple>
 
+#include "common/bind_cpu.h"
 #include "common/taps.h"
-#include "common/tensors.h"
+#include "state_fusion/cpu.h"
 
 namespace mmspatialmamba {
 
@@ -18,22 +19,33 @@ constexpr bool are_elements_in_order() {
 }
 static_assert(are_elements_in_order(), "merge_taps and split_taps_gradient contradict the table of taps");
 
-inline void check_kernels(const Checks& checks, int64_t dim, const at::Tensor& k1, const at::Tensor& k3,
-                          const at::Tensor& k5, const at::Tensor& alpha) {
+inline void check_kernels(const Checks& checks, int64_t dim, Arg k1, Arg k3, Arg k5, Arg alpha) {
   checks("k1", k1, {dim, 1, 3, 3});
   checks("k3", k3, {dim, 1, 3, 3});
   checks("k5", k5, {dim, 1, 3, 3});
   checks("alpha", alpha, {3});
 }
 
-inline at::Tensor stack_kernels(const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5) {
-  const auto flat = [](const at::Tensor& kernel) { return kernel.to(at::kFloat).reshape({kernel.size(0), 9}); };
+// They are merged block by block, so they only need to be dense.
+struct CpuFusionKernels {
+  at::Tensor k1, k3, k5, alpha;
+
+  CpuFusionKernels(Arg k1_, Arg k3_, Arg k5_, Arg alpha_)
+      : k1(dense_kernels(k1_)), k3(dense_kernels(k3_)), k5(dense_kernels(k5_)), alpha(floats(alpha_)) {}
+
+  FusionKernels get() const {
+    const float* a = alpha.const_data_ptr<float>();
+    return {{kernels3x3(k1), kernels3x3(k3), kernels3x3(k5)}, {a[0], a[1], a[2]}};
+  }
+};
+
+inline at::Tensor stack_kernels(Arg k1, Arg k3, Arg k5) {
+  const auto flat = [](Arg kernel) { return kernel.to(at::kFloat).reshape({kernel.size(0), 9}); };
   return at::stack({flat(k1), flat(k3), flat(k5)});
 }
 
 // (25, dim), float32, contiguous.
-inline at::Tensor merge_taps(const at::Tensor& k1, const at::Tensor& k3, const at::Tensor& k5,
-                             const at::Tensor& alpha) {
+inline at::Tensor merge_taps(Arg k1, Arg k3, Arg k5, Arg alpha) {
   const at::Tensor weighted = stack_kernels(k1, k3, k5) * alpha.to(at::kFloat).view({3, 1, 1});
   const at::Tensor all = weighted.transpose(1, 2).reshape({27, k1.size(0)});
   at::Tensor taps = at::cat({all.narrow(0, 0, 13), all.narrow(0, 14, 8), all.narrow(0, 23, 4)});
@@ -42,8 +54,7 @@ inline at::Tensor merge_taps(const at::Tensor& k1, const at::Tensor& k3, const a
 }
 
 // The gradients of k1, k3, k5 and alpha from that of the taps, (25, dim).
-inline Tensors<4> split_taps_gradient(const at::Tensor& grad_taps, const at::Tensor& k1, const at::Tensor& k3,
-                                      const at::Tensor& k5, const at::Tensor& alpha) {
+inline Tensors<4> split_taps_gradient(Arg grad_taps, Arg k1, Arg k3, Arg k5, Arg alpha) {
   const at::Tensor centre = grad_taps.narrow(0, kCentre, 1);
   const at::Tensor all =
       at::cat({grad_taps.narrow(0, 0, 13), centre, grad_taps.narrow(0, 13, 8), centre, grad_taps.narrow(0, 21, 4)});
