@@ -111,7 +111,7 @@ INFERENCE_FAKES = {
     'layer_norm_planes': lambda x, *others: x.new_empty(x.shape),
 }
 
-_NATIVE_FAKES = {**FAKES, **CPU_FAKES, **PRODUCT_FAKES, **INFERENCE_FAKES}
+_NATIVE_FAKES = {**FAKES, **{op: f for op, f in CPU_FAKES.items() if op.startswith(('depthwise', 'gated'))}}
 
 
 def _save(ctx, inputs, *more: torch.Tensor) -> None:
@@ -226,5 +226,3 @@ def register(backend: str, kernels: Mapping[str, Callable] | None = None) -> Non
         torch.library.register_fake(f'{namespace}::{op}', fake)
         if f'{op}_backward' in _NATIVE_FAKES:
             _register_autograd(namespace, op)
-    if kernels is None:
-        _register_products()
