@@ -26,7 +26,7 @@ inline void check_kernels(const Checks& checks, int64_t dim, Arg k1, Arg k3, Arg
   checks("alpha", alpha, {3});
 }
 
-// They are merged block by block, so they only need to be dense.
+// The kernels that the CPU's tasks merge, each for its own channels.
 struct CpuFusionKernels {
   at::Tensor k1, k3, k5, alpha;
 
@@ -50,7 +50,7 @@ inline at::Tensor merge_taps(Arg k1, Arg k3, Arg k5, Arg alpha) {
   const at::Tensor all = weighted.transpose(1, 2).reshape({27, k1.size(0)});
   at::Tensor taps = at::cat({all.narrow(0, 0, 13), all.narrow(0, 14, 8), all.narrow(0, 23, 4)});
   taps.select(0, kCentre).add_(all.select(0, 13)).add_(all.select(0, 22));
-  return taps.contiguous();
+  return taps;
 }
 
 // The gradients of k1, k3, k5 and alpha from that of the taps, (25, dim).

@@ -416,12 +416,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Problem<T> 
           }
           forward = forward.then({decay[j], h[j]});
         }
-        float entering = scan_block<kChannels>(forward, shared.warps).before(state);
-        {
-          float value = entering;
+        const float entering = scan_block<kChannels>(forward, shared.warps).before(state);
+        float running = entering;
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) h[j] = value = fmaf(decay[j], value, h[j]);
-        }
+        for (int j = 0; j < kColumns; ++j) h[j] = running = fmaf(decay[j], running, h[j]);
         put_states(target, h, b, width);
         if (own_row) {
           const float* states = target + (b.first - b.column0 + kReach) * kChannels + b.channel;
