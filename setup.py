@@ -9,8 +9,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,15 +21,11 @@ PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
-CPU_OPS = [f'csrc/cpu/{name}.cpp' for name in ('inference_ops', 'instruction_set', 'linear_ops', 'ops')]
-CPU_KERNELS = sorted({f'csrc/cpu/{path.name}' for path in ROOT.glob('csrc/cpu/*.cpp')} - set(CPU_OPS))
-AVX512 = ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma']
-INSTRUCTION_SETS = {
-    'baseline': [],
-    'avx2': ['-mavx2', '-mfma'],
-    'avx512': AVX512,
-    'avx512_bf16': [*AVX512, '-mavx512bf16', '-mamx-tile', '-mamx-bf16'],
-}
+# The CPU kernels are compiled once for each, with these options.
+INSTRUCTION_SETS = {'baseline': []}
+if platform.machine().lower() in ('x86_64', 'amd64'):
+    INSTRUCTION_SETS['avx2'] = ['-mavx2', '-mfma']
+    INSTRUCTION_SETS['avx512'] = ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma']
 
 
 def say(message: str) -> None:
@@ -128,31 +122,37 @@ def wants_cuda() -> bool:
     return CUDA_HOME is not None and torch.version.cuda is not None
 
 
-def native_extension(with_cuda: bool, instruction_sets: Iterable[str] = ()) -> Extension:
+def sources(name: str) -> list[str]:
+    """List the files of a name in the ops' folders, relative to the checkout."""
+    return sorted(f'csrc/{path.parent.name}/{name}' for path in ROOT.glob(f'csrc/*/{name}'))
+
+
+def native_extension(with_cuda: bool) -> Extension:
     """Describe the library of compiled ops, but for the CPU kernels, which are compiled once per instruction set.
 
     Args:
         with_cuda (bool): Whether it has CUDA kernels.
-        instruction_sets (Iterable[str]): What the CPU kernels are compiled for. Defaults to (), before that is known.
 
     Returns:
         Extension: For ``BuildExtension``.
     """
-    sources = ['csrc/extension.cpp', *CPU_OPS]
+    files = ['csrc/extension.cpp', *sources('bind.cpp')]
     libraries = ['c10', 'torch', 'torch_cpu']
+    macros = [('WITH_AVX', None)] if 'avx512' in INSTRUCTION_SETS else []
     if with_cuda:
-        sources += ['csrc/cuda/ops.cpp', *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob('csrc/cuda/*.cu')))]
+        files += sources('cuda.cu')
         libraries += ['c10_cuda', 'torch_cuda', 'cudart']
+        macros.append(('WITH_CUDA', None))
     device = 'cuda' if with_cuda else 'cpu'
     # Where pip installed CUDA's libraries, their headers stand beside torch, and may be missing in the toolkit.
     wheels = [str(path) for path in sorted(Path(torch.__file__).parents[1].glob('nvidia/cu*/include'))]
     return Extension(
         'mmspatialmamba.ops._native',
-        sources,
-        include_dirs=[*include_paths(device), *(wheels if with_cuda else [])],
+        files,
+        include_dirs=[str(ROOT / 'csrc'), *include_paths(device), *(wheels if with_cuda else [])],
         library_dirs=library_paths(device),
         libraries=libraries,
-        define_macros=[(f'WITH_{name.upper()}', None) for name in instruction_sets if name != 'baseline'],
+        define_macros=macros,
         # Compiled for OpenMP, but not linked to a runtime of its own: the one that torch loaded has the threads.
         extra_compile_args={'cxx': ['-O2', '-g0', '-fopenmp'], 'nvcc': ['-O3']},
         language='c++',
@@ -171,15 +171,14 @@ if WITH_OPS != '0':
             os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHITECTURES)
             (extension,) = self.extensions
             attempts = [True] if FORCE_CUDA else [True, False] if wants_cuda() else [False]
-            instruction_sets, objects = {}, []
+            objects = []
             for with_cuda in attempts:
                 what = 'the ops for CPU and CUDA' if with_cuda else 'the ops for the CPU'
                 say(f'compiling {what}')
                 try:
                     # Once, and first: what follows changes how the compiler is called.
-                    instruction_sets = instruction_sets or self.instruction_sets()
-                    objects = objects or self.compile_cpu_kernels(instruction_sets)
-                    vars(extension).update(vars(native_extension(with_cuda, instruction_sets)))
+                    objects = objects or self.compile_cpu_kernels()
+                    vars(extension).update(vars(native_extension(with_cuda)))
                     extension.extra_objects = objects
                     super().build_extensions()
                     return
@@ -191,28 +190,8 @@ if WITH_OPS != '0':
                     say(f'{what} could not be compiled ({" ".join(str(error).split())[-300:]}): {consequence}')
             self.extensions.clear()
 
-        def instruction_sets(self):
-            """The instruction sets to compile the CPU kernels for, with the compiler's options for each."""
-            if platform.machine().lower() not in ('x86_64', 'amd64'):
-                return {'baseline': []}
-            known = dict(INSTRUCTION_SETS)
-            with tempfile.TemporaryDirectory() as folder:
-                source = Path(folder, 'empty.cpp')
-                source.write_text('#include <immintrin.h>\nvoid run() { _tile_release(); }\n', encoding='utf-8')
-                try:
-                    self.compiler.compile(
-                        [str(source)], output_dir=folder, extra_postargs=INSTRUCTION_SETS['avx512_bf16']
-                    )
-                except errors.CompileError:
-                    say('the compiler knows no AMX (GCC 11 and Clang 12 do): products in bfloat16 will not use it')
-                    del known['avx512_bf16']
-            return known
-
-        def compile_cpu_kernels(self, instruction_sets):
+        def compile_cpu_kernels(self):
             """Compile the CPU kernels once for each instruction set.
-
-            Args:
-                instruction_sets (dict): The compiler's options for each.
 
             Returns:
                 list[str]: The object files.
@@ -220,16 +199,17 @@ if WITH_OPS != '0':
 
             def compile_for(name):
                 return self.compiler.compile(
-                    CPU_KERNELS,
+                    sources('cpu.cpp'),
                     output_dir=str(Path(self.build_temp, name)),
                     macros=[('ISA', name)],
-                    depends=[str(path) for path in ROOT.glob('csrc/cpu/*.h')],
-                    extra_postargs=['-std=c++17', '-O3', '-g0', '-Wno-uninitialized', *instruction_sets[name]],
+                    include_dirs=[str(ROOT / 'csrc')],
+                    depends=[str(path) for path in ROOT.glob('csrc/**/*.h')],
+                    extra_postargs=['-std=c++17', '-O3', '-g0', '-Wno-uninitialized', *INSTRUCTION_SETS[name]],
                 )
 
             jobs = int(os.environ.get('MAX_JOBS') or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs) as pool:
-                return [path for paths in pool.map(compile_for, instruction_sets) for path in paths]
+                return [path for paths in pool.map(compile_for, INSTRUCTION_SETS) for path in paths]
 
 
 class EditableWheel(editable_wheel):
