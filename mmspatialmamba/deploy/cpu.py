@@ -46,9 +46,10 @@ class _Linear(_Prepared):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(..., in_features) to (..., out_features), the shape of ``residual``."""
+        linear = torch.ops.mkldnn._linear_pointwise
         if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, self.bias, 'add')
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], 'none')
+            return linear.binary(x, residual, self.weight, self.bias, 'add')
+        return linear.default(x, self.weight, self.bias, self.activation, [], 'none')
 
 
 class _Pointwise(_Linear):
@@ -72,8 +73,8 @@ class _Conv(_Prepared):
         """(batch, in_channels, height, width) to (batch, out_channels, ...), the shape of ``residual``."""
         convolve, common = torch.ops.mkldnn._convolution_pointwise, (self.weight, self.bias, *self.geometry)
         if residual is not None:
-            return convolve(x, residual, *common, 'add', None, None, [], None)
-        return convolve(x, *common, self.activation, [], None)
+            return convolve.binary(x, residual, *common, 'add', None, None, [], None)
+        return convolve.default(x, *common, self.activation, [], None)
 
 
 def _prepare_conv_layer(layer: Any) -> nn.Module:
