@@ -114,6 +114,17 @@ def test_functional_calls_use_the_parameters_given():
         torch.testing.assert_close(grad, parameter.grad)
 
 
+def test_vmap_over_models():
+    torch.manual_seed(0)
+    models = [SpatialMamba(SMALL, out_indices=3).eval() for _ in range(2)]
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        run = torch.vmap(lambda *state: torch.func.functional_call(models[0], state, (image,)))
+        (outputs,) = run(*torch.func.stack_module_state(models))
+        for output, model in zip(outputs, models):
+            torch.testing.assert_close(output, model(image)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_runs_on_tensors_without_data():
     with torch.device('meta'):
         model, image = SpatialMamba(SMALL).train(), torch.rand(1, 3, 64, 64)
