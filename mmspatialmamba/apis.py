@@ -1,14 +1,14 @@
-"""Make this package's models known by name to mmpretrain, mmdet and mmseg, whichever of them are installed.
+"""Names of this package's models for mmpretrain, mmdet and mmseg, whichever of them are installed.
 
-After ``import mmspatialmamba.apis``, the names of the config files, without ``.py``, are taken by mmpretrain's
-``list_models``, ``get_model`` and ``inference_model``, by mmdet's ``DetInferencer`` and by mmseg's ``MMSegInferencer``.
-mmpretrain keeps its list of models in a class, so it is imported here: this is why ``import mmspatialmamba`` alone,
-which imports none of the three, does not do it. mmdet and mmseg read their metafiles through a function of mmengine's
-``BaseInferencer``, which is replaced by one that adds this package's models to what it gives for these two.
+``import mmspatialmamba.apis`` does three things that ``import mmspatialmamba`` does not:
 
-Weights are published by the original release, without a URL for each file. Asking for a model's own weights
-(``pretrained=True``, which is ``inference_model``'s default, or an inferencer without ``weights``) is an error that
-says where to get them.
+- mmpretrain's ``list_models``, ``get_model`` and ``inference_model``, mmdet's ``DetInferencer`` and mmseg's
+  ``MMSegInferencer`` take the names of the config files, without ``.py``. mmpretrain keeps its models in a class, and
+  is imported for it. mmdet and mmseg read metafiles by a method of mmengine's ``BaseInferencer``, which is replaced.
+- mmengine reads every checkpoint of the process by :func:`mmspatialmamba.checkpoint.read_checkpoint`, so that these
+  functions, ``init_detector`` and ``init_model`` take any file that ``load_from`` takes beside ``LoadAuditHook``.
+- A model's own weights (``pretrained=True``, the default of ``inference_model``, or an inferencer without ``weights``)
+  are an error that says where to get them: the original release publishes no URL for each file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from mmengine.fileio import load
 from mmengine.infer import BaseInferencer
 from mmengine.runner import CheckpointLoader
+
+from .checkpoint import register_checkpoint_loaders
 
 _PACKAGE = Path(__file__).parent
 _ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
@@ -89,6 +91,7 @@ def _register_in_mmpretrain() -> None:
         ModelHub._models_dict[model['Name'].lower()].weights = model['Weights']
 
 
+register_checkpoint_loaders()
 CheckpointLoader.register_scheme(prefixes=_SCHEME, loader=load_from_metafile)
 BaseInferencer._get_models_from_metafile = staticmethod(_get_models_from_metafile)
 if find_spec('mmpretrain') is not None:

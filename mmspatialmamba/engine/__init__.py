@@ -4,6 +4,7 @@ from .fsdp import ResumableFSDPStrategy, block_wrap_policy
 from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
 from .mesa_hook import MESAHook
+from .safe_globals import allow_training_checkpoints
 
 __all__ = [
     'CPUAmpOptimWrapper',
@@ -12,5 +13,6 @@ __all__ = [
     'MainProcessLoggerHook',
     'ResumableCheckpointHook',
     'ResumableFSDPStrategy',
+    'allow_training_checkpoints',
     'block_wrap_policy',
 ]
