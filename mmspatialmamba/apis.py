@@ -36,28 +36,14 @@ def _metafile(folder: str) -> Path:
 
 
 def _models(folder: str) -> Iterator[dict]:
-    """Read a metafile's models.
-
-    Args:
-        folder (str): The folder in ``configs``.
-
-    Yields:
-        dict: An entry of the metafile, with the absolute path of its config, and with weights.
-    """
+    """Read the entries of a metafile in ``configs``, with the absolute paths of the configs, and with weights."""
     for model in load(_metafile(folder))['Models']:
         weights = model.get('Weights', f'{_SCHEME}{folder}/{model["Name"]}')
         yield {**model, 'Config': str(_ROOT / model['Config']), 'Weights': weights}
 
 
 def _get_models_from_metafile(dir: str) -> Iterator[dict]:
-    """Read the models of a library: this package's, then its own.
-
-    Args:
-        dir (str): The folder that holds the library's ``model-index.yml``.
-
-    Yields:
-        dict: An entry of a metafile.
-    """
+    """Read the metafile entries of the library whose ``model-index.yml`` is in ``dir``: first ours, then its own."""
     for library in ('mmdet', 'mmseg'):
         if library in sys.modules and BaseInferencer._get_repo_or_mim_dir(library) == dir:
             yield from _models(_FOLDERS[library])
@@ -65,11 +51,7 @@ def _get_models_from_metafile(dir: str) -> Iterator[dict]:
 
 
 def load_from_metafile(filename: str, map_location: str | None = None) -> None:
-    """Say how to get the weights of a model that has none to download.
-
-    Args:
-        filename (str): The model, as ``mmspatialmamba://FOLDER/NAME``.
-        map_location (str, optional): Not used. Defaults to None.
+    """Say how to get the weights of the model ``mmspatialmamba://FOLDER/NAME``, which has none to download.
 
     Raises:
         FileNotFoundError: Always.

@@ -60,7 +60,8 @@ def functions():
             found.update({(name, key): value for key, value in vars(module).items() if callable(value)})
     classes = [(key, value) for key, value in found.items() if isinstance(value, type)]
     for key, cls in classes:
-        found.update({(*key, name): value for name, value in vars(cls).items() if not name.startswith('_abc_')})
+        methods = {name: value for name, value in vars(cls).items() if callable(value) or hasattr(value, '__func__')}
+        found.update({(*key, name): value for name, value in methods.items()})
     return found
 
 
@@ -68,7 +69,7 @@ def tables():
     complexity = sys.modules['mmengine.analysis.complexity_analysis']
     return {
         'checkpoint loaders': dict(CheckpointLoader._schemes),
-        'finders': dict.fromkeys(sys.meta_path),
+        'finders': {str(finder): finder for finder in sys.meta_path},
         'multiply-adds': dict(complexity._DEFAULT_SUPPORTED_FLOP_OPS),
         'packages': dict(MODULE2PACKAGE),
         **{f'registry {each.name}': dict(each.module_dict) for each in REGISTRIES},
@@ -80,7 +81,7 @@ import mmspatialmamba, mmspatialmamba.models
 after, now = tables(), functions()
 
 print([key for key, value in kept.items() if now.get(key) is not value])
-print([name for name, table in before.items() if any(after[name].get(key) is not value for key, value in table.items())])
+print([(name, key) for name in before for key, value in before[name].items() if after[name].get(key) is not value])
 new = {name: {k: v for k, v in table.items() if k not in before[name]} for name, table in after.items()}
 print({name: list(new.pop(name)) for name in ('checkpoint loaders', 'finders', 'multiply-adds', 'packages')})
 values = [value for table in new.values() for value in table.values()]
@@ -100,6 +101,17 @@ def test_import_registers_and_changes_nothing_else(tmp_path):
         'packages': ['mmspatialmamba'],
     }
     assert packages == "{'mmspatialmamba'} True"
+
+
+@pytest.mark.slow
+def test_apis_imported_by_name_read_every_checkpoint(tmp_path):
+    code = (
+        'import mmspatialmamba.apis\n'
+        'from mmengine.runner import CheckpointLoader\n'
+        "print([CheckpointLoader._schemes[p].__module__ for p in ('', 'http://', 'https://', 'mmspatialmamba://')])"
+    )
+    read, ask = 'mmspatialmamba.checkpoint.reader', 'mmspatialmamba.apis'
+    assert run_python(code, tmp_path).splitlines()[-1] == str([read, read, read, ask])
 
 
 def test_builds_and_runs_without_compiled_ops(tmp_path):

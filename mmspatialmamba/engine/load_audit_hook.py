@@ -43,11 +43,7 @@ class LoadAuditHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(
-        self,
-        max_missing: int = 0,
-        fresh: Sequence[str] = (),
-        allow_nan: bool = False,
-        inflate_stem: bool = False,
+        self, max_missing: int = 0, fresh: Sequence[str] = (), allow_nan: bool = False, inflate_stem: bool = False
     ) -> None:
         self.max_missing = max_missing
         self.fresh = (fresh,) if isinstance(fresh, str) else tuple(fresh)
