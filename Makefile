@@ -21,7 +21,7 @@ test: setup  ## Run the whole test suite
 test-fast: setup  ## Run the tests that take seconds
 	@$(PYTEST) -m "not slow"
 
-lint: setup  ## Check style and formatting of every tracked file
+lint: setup  ## Check style, types and formatting
 	@PATH="$$(dirname "$(PY)"):$$PATH" "$(PY)" -m pre_commit run --all-files
 
 clean-demo:  ## Remove the demo's data and results, to start it over

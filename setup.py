@@ -1,21 +1,18 @@
-"""Packages mmspatialmamba, with configs and tools in ``mmspatialmamba/.mim``, and compiles its ops where it can.
+"""Compile the ops where that is possible, and put configs and tools into ``mmspatialmamba/.mim``.
 
-README.md tells the environment variables that steer the compilation.
+pyproject.toml has the metadata, docs/install.md the environment variables that steer the compilation.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import runpy
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, errors, find_packages, setup
+from setuptools import Extension, errors, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -24,15 +21,11 @@ PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
-CPU_OPS = [f'csrc/cpu/{name}.cpp' for name in ('inference_ops', 'instruction_set', 'linear_ops', 'ops')]
-CPU_KERNELS = sorted({f'csrc/cpu/{path.name}' for path in ROOT.glob('csrc/cpu/*.cpp')} - set(CPU_OPS))
-AVX512 = ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma']
-INSTRUCTION_SETS = {
-    'baseline': [],
-    'avx2': ['-mavx2', '-mfma'],
-    'avx512': AVX512,
-    'avx512_bf16': [*AVX512, '-mavx512bf16', '-mamx-tile', '-mamx-bf16'],
-}
+# The CPU kernels are compiled once for each, with these options.
+INSTRUCTION_SETS = {'baseline': []}
+if platform.machine().lower() in ('x86_64', 'amd64'):
+    INSTRUCTION_SETS['avx2'] = ['-mavx2', '-mfma']
+    INSTRUCTION_SETS['avx512'] = ['-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mfma']
 
 
 def say(message: str) -> None:
@@ -83,19 +76,6 @@ def mim_sources() -> list[Path]:
     return [ROOT / 'configs', ROOT / 'tools', ROOT / 'model-index.yml']
 
 
-def requirements(name: str) -> list[str]:
-    """Read ``requirements/NAME.txt``.
-
-    Args:
-        name (str): The file's name without its suffix.
-
-    Returns:
-        list[str]: One requirement per entry, comments left out.
-    """
-    lines = (ROOT / 'requirements' / f'{name}.txt').read_text(encoding='utf-8').splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith('#')]
-
-
 class BuildPy(build_py):
     """Copies ``.mim`` into a build, or links it into the checkout of an editable install."""
 
@@ -142,31 +122,37 @@ def wants_cuda() -> bool:
     return CUDA_HOME is not None and torch.version.cuda is not None
 
 
-def native_extension(with_cuda: bool, instruction_sets: Iterable[str] = ()) -> Extension:
+def sources(name: str) -> list[str]:
+    """List the files of a name in the ops' folders, relative to the checkout."""
+    return sorted(f'csrc/{path.parent.name}/{name}' for path in ROOT.glob(f'csrc/*/{name}'))
+
+
+def native_extension(with_cuda: bool) -> Extension:
     """Describe the library of compiled ops, but for the CPU kernels, which are compiled once per instruction set.
 
     Args:
         with_cuda (bool): Whether it has CUDA kernels.
-        instruction_sets (Iterable[str]): What the CPU kernels are compiled for. Defaults to (), before that is known.
 
     Returns:
         Extension: For ``BuildExtension``.
     """
-    sources = ['csrc/extension.cpp', *CPU_OPS]
+    files = ['csrc/extension.cpp', *sources('bind.cpp')]
     libraries = ['c10', 'torch', 'torch_cpu']
+    macros = [('WITH_AVX', None)] if 'avx512' in INSTRUCTION_SETS else []
     if with_cuda:
-        sources += ['csrc/cuda/ops.cpp', *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob('csrc/cuda/*.cu')))]
+        files += sources('cuda.cu')
         libraries += ['c10_cuda', 'torch_cuda', 'cudart']
+        macros.append(('WITH_CUDA', None))
     device = 'cuda' if with_cuda else 'cpu'
     # Where pip installed CUDA's libraries, their headers stand beside torch, and may be missing in the toolkit.
     wheels = [str(path) for path in sorted(Path(torch.__file__).parents[1].glob('nvidia/cu*/include'))]
     return Extension(
         'mmspatialmamba.ops._native',
-        sources,
-        include_dirs=[*include_paths(device), *(wheels if with_cuda else [])],
+        files,
+        include_dirs=[str(ROOT / 'csrc'), *include_paths(device), *(wheels if with_cuda else [])],
         library_dirs=library_paths(device),
         libraries=libraries,
-        define_macros=[(f'WITH_{name.upper()}', None) for name in instruction_sets if name != 'baseline'],
+        define_macros=macros,
         # Compiled for OpenMP, but not linked to a runtime of its own: the one that torch loaded has the threads.
         extra_compile_args={'cxx': ['-O2', '-g0', '-fopenmp'], 'nvcc': ['-O3']},
         language='c++',
@@ -185,15 +171,14 @@ if WITH_OPS != '0':
             os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHITECTURES)
             (extension,) = self.extensions
             attempts = [True] if FORCE_CUDA else [True, False] if wants_cuda() else [False]
-            instruction_sets, objects = {}, []
+            objects = []
             for with_cuda in attempts:
                 what = 'the ops for CPU and CUDA' if with_cuda else 'the ops for the CPU'
                 say(f'compiling {what}')
                 try:
                     # Once, and first: what follows changes how the compiler is called.
-                    instruction_sets = instruction_sets or self.instruction_sets()
-                    objects = objects or self.compile_cpu_kernels(instruction_sets)
-                    vars(extension).update(vars(native_extension(with_cuda, instruction_sets)))
+                    objects = objects or self.compile_cpu_kernels()
+                    vars(extension).update(vars(native_extension(with_cuda)))
                     extension.extra_objects = objects
                     super().build_extensions()
                     return
@@ -205,28 +190,8 @@ if WITH_OPS != '0':
                     say(f'{what} could not be compiled ({" ".join(str(error).split())[-300:]}): {consequence}')
             self.extensions.clear()
 
-        def instruction_sets(self):
-            """The instruction sets to compile the CPU kernels for, with the compiler's options for each."""
-            if platform.machine().lower() not in ('x86_64', 'amd64'):
-                return {'baseline': []}
-            known = dict(INSTRUCTION_SETS)
-            with tempfile.TemporaryDirectory() as folder:
-                source = Path(folder, 'empty.cpp')
-                source.write_text('#include <immintrin.h>\nvoid run() { _tile_release(); }\n', encoding='utf-8')
-                try:
-                    self.compiler.compile(
-                        [str(source)], output_dir=folder, extra_postargs=INSTRUCTION_SETS['avx512_bf16']
-                    )
-                except errors.CompileError:
-                    say('the compiler knows no AMX (GCC 11 and Clang 12 do): products in bfloat16 will not use it')
-                    del known['avx512_bf16']
-            return known
-
-        def compile_cpu_kernels(self, instruction_sets):
+        def compile_cpu_kernels(self):
             """Compile the CPU kernels once for each instruction set.
-
-            Args:
-                instruction_sets (dict): The compiler's options for each.
 
             Returns:
                 list[str]: The object files.
@@ -234,16 +199,17 @@ if WITH_OPS != '0':
 
             def compile_for(name):
                 return self.compiler.compile(
-                    CPU_KERNELS,
+                    sources('cpu.cpp'),
                     output_dir=str(Path(self.build_temp, name)),
                     macros=[('ISA', name)],
-                    depends=[str(path) for path in ROOT.glob('csrc/cpu/*.h')],
-                    extra_postargs=['-std=c++17', '-O3', '-g0', '-Wno-uninitialized', *instruction_sets[name]],
+                    include_dirs=[str(ROOT / 'csrc')],
+                    depends=[str(path) for path in ROOT.glob('csrc/**/*.h')],
+                    extra_postargs=['-std=c++17', '-O3', '-g0', '-Wno-uninitialized', *INSTRUCTION_SETS[name]],
                 )
 
             jobs = int(os.environ.get('MAX_JOBS') or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs) as pool:
-                return [path for paths in pool.map(compile_for, instruction_sets) for path in paths]
+                return [path for paths in pool.map(compile_for, INSTRUCTION_SETS) for path in paths]
 
 
 class EditableWheel(editable_wheel):
@@ -264,27 +230,10 @@ class EditableWheel(editable_wheel):
 
 
 setup(
-    name='mmspatialmamba',
-    version=runpy.run_path(str(PACKAGE / 'version.py'))['__version__'],
-    description='Spatial-Mamba backbones for mmdet, mmseg and mmpretrain',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    license_files=['LICENSE'],
-    keywords='computer vision, state space model, backbone, OpenMMLab',
-    python_requires='>=3.9',
-    packages=find_packages(include=['mmspatialmamba', 'mmspatialmamba.*']),
-    install_requires=['numpy'],
-    extras_require={
-        'openmmlab': requirements('openmmlab'),
-        'demo': requirements('runtime'),
-        'tests': requirements('tests'),
-    },
     ext_modules=[] if WITH_OPS == '0' else [native_extension(wants_cuda())],
     cmdclass={
         'build_py': BuildPy,
         'editable_wheel': EditableWheel,
         **({} if WITH_OPS == '0' else {'build_ext': BuildNative}),
     },
-    zip_safe=False,
 )

@@ -1,5 +1,6 @@
 import importlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,21 @@ def test_names_the_plugin_and_no_other_weights(path):
     assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=None)
     leaked = {'embed_dims', 'num_heads', 'window_size', 'patch_norm', 'depth', 'style'} & set(cfg.model.backbone)
     assert not leaked
-    assert {cfg.get(name) for name in ('pretrained', 'checkpoint', 'checkpoint_file')} == {None}
+    assert cfg.pretrained is None
+    assert {cfg.get(name) for name in ('checkpoint', 'checkpoint_file')} == {None}
     assert cfg.default_hooks.checkpoint.type == 'ResumableCheckpointHook'
     assert path.stem == FSDP or cfg.default_hooks.load_audit.type == 'LoadAuditHook'
+
+
+def test_pretrained_in_a_file_names_the_weights(tmp_path):
+    shutil.copytree(CONFIGS, tmp_path / 'configs')
+    changed = [path for path in sorted(tmp_path.rglob('*.py')) if 'pretrained = None' in path.read_text()]
+    for path in changed:
+        path.write_text(path.read_text().replace('pretrained = None', "pretrained = 'weights.pth'"))
+        assert Config.fromfile(str(path)).model.backbone.init_cfg.checkpoint == 'weights.pth', path
+    assert {path.name for path in changed} == {
+        path.name for path in FILES.values() if not re.search('small|base', path.name)
+    }
 
 
 @pytest.mark.slow

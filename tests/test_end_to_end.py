@@ -134,7 +134,7 @@ def pretrained(workspace):
 
 @pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
 def test_two_processes_train_from_classifier_weights_and_test(workspace, pretrained, tmp_path, library):
-    options = [*SMALL_BATCHES, *LIBRARIES[library][2], f'model.backbone.init_cfg.checkpoint={pretrained}']
+    options = [*SMALL_BATCHES, *LIBRARIES[library][2], f'pretrained={pretrained}']
     work_dir = tmp_path / library
     output = run(
         workspace, 'bash', ROOT / 'tools' / 'dist_train.sh', config_of(library), 2,

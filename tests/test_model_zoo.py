@@ -147,28 +147,29 @@ def test_model_without_results_is_not_trained_yet(zoo):
     section = (zoo / 'configs' / 'segmentation' / 'README.md').read_text().split('### New\n\n')[1]
     head, _, row = section.splitlines()[:3]
     assert (
-        head == '| model | schedule | parameters | multiply-adds | training memory | mIoU | mIoU (ms+flip) | weights |'
+        head == '| model | schedule | parameters | multiply-adds | training memory | mIoU | mIoU(ms+flip) | weights |'
     )
     assert row == '| [new_model](new_model.py) | - | - | - | - | not trained yet | - | - |'
 
 
 @pytest.mark.parametrize(
-    'old, new, said',
+    'file, old, new, said',
     [
-        ('      Training Data: COCO\n', '', f'model {DETECTOR} lacks Training Data'),
-        (f'    Config: configs/detection/{DETECTOR}.py\n', '', f'model {DETECTOR} lacks Config'),
-        ('Models:', 'Models: [', 'line'),
+        ('metafile.yml', '      Training Data: COCO\n', '', f'model {DETECTOR} lacks Training Data'),
+        ('metafile.yml', f'    Config: configs/detection/{DETECTOR}.py\n', '', f'model {DETECTOR} lacks Config'),
+        ('metafile.yml', 'Models:', 'Models: [', 'line'),
+        ('README.md', '<!-- End of the tables -->\n', '', 'lacks the lines'),
     ],
-    ids=['no data set', 'no config', 'no YAML'],
+    ids=['no data set', 'no config', 'no YAML', 'no place for tables'],
 )
-def test_bad_metafile_is_one_clear_line(zoo, old, new, said):
-    metafile = zoo / 'configs' / 'detection' / 'metafile.yml'
-    metafile.write_text(metafile.read_text().replace(old, new, 1))
-    before = (zoo / 'configs' / 'detection' / 'README.md').read_text()
+def test_bad_file_is_one_clear_line(zoo, file, old, new, said):
+    path, readme = (zoo / 'configs' / 'detection' / name for name in (file, 'README.md'))
+    path.write_text(path.read_text().replace(old, new, 1))
+    before = readme.read_text()
     code, output = run_generator(zoo)
     assert code == 1 and output.count('\n') == 1
-    assert output.startswith('configs/detection/metafile.yml: ') and said in output
-    assert (zoo / 'configs' / 'detection' / 'README.md').read_text() == before
+    assert output.startswith(f'configs/detection/{file}') and said in output
+    assert readme.read_text() == before
 
 
 @pytest.mark.parametrize('name', [CLASSIFIER, DETECTOR, SEGMENTOR])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -73,9 +75,26 @@ def test_wheel_holds_package_configs_and_tools(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     mim = 'mmspatialmamba/.mim/'
     assert sorted(n[len(mim) :] for n in names if n.startswith(mim)) == shipped()
-    assert {'mmspatialmamba/__init__.py', 'mmspatialmamba/version.py'} <= set(names)
+    assert {f'mmspatialmamba/{name}' for name in ('__init__.py', 'py.typed', 'version.py')} <= set(names)
     tops = {name.split('/')[0] for name in names}
     assert len(tops) == 2, tops
+
+
+def test_wheel_has_the_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        metadata = message_from_string(archive.read(name).decode())
+    assert metadata['Name'] == 'mmspatialmamba'
+    assert metadata['Version'] == runpy.run_path(str(REPO / 'mmspatialmamba' / 'version.py'))['__version__']
+    assert metadata['License-Expression'] == 'Apache-2.0' and metadata['License-File'] == 'LICENSE'
+    assert metadata['Requires-Python'] == '>=3.9'
+    assert metadata.get_payload() == (REPO / 'README.md').read_text(encoding='utf-8')
+    requirements = metadata.get_all('Requires-Dist')
+    assert 'numpy' in requirements
+    for extra, file in {'openmmlab': 'openmmlab', 'demo': 'runtime', 'tests': 'tests'}.items():
+        lines = (REPO / 'requirements' / f'{file}.txt').read_text(encoding='utf-8').splitlines()
+        for line in lines:
+            assert line.startswith('#') or f'{line}; extra == "{extra}"' in requirements
 
 
 def test_unpacked_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):

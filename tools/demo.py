@@ -1,4 +1,4 @@
-"""Trains and tests a classifier, a detector and a segmenter on PhotoDigits, with the libraries' own scripts."""
+"""Train and test a classifier, a detector and a segmenter on PhotoDigits, with the libraries' own scripts."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ METRICS = (
 
 
 def run(name: str, command: list, folder: Path, **environment: str) -> None:
-    """Run a command with its output in a log, unless it was done before, and note how long it took.
+    """Run a command with its output in a log, and record its seconds, unless it was done before.
 
     Args:
         name (str): Name of the step, for the messages and its files.
         command (list): The command and its arguments.
-        folder (Path): Where the log and the note that it is done go.
+        folder (Path): The folder of the log and of the record.
         **environment (str): Environment variables to add.
 
     Raises:
@@ -69,7 +69,7 @@ def run(name: str, command: list, folder: Path, **environment: str) -> None:
         tail = '\n'.join(f'  | {line}' for line in log.read_text(errors='replace').splitlines()[-25:])
         sys.exit(
             f'demo: this command failed with exit code {code}:\n  {shlex.join(command)}\n'
-            f'The end of {log}:\n{tail}\nRepair what it says and run `make demo` again: it goes on from here.'
+            f'The end of {log}:\n{tail}\nRepair what it says and run `make demo` again: it continues from here.'
         )
     seconds = time.monotonic() - start
     done.write_text(f'{seconds:.1f}\n')
@@ -109,23 +109,23 @@ def test(task: str, checkpoint: Path, name: str = 'test', *options: str) -> None
 
 
 def painted(task: str) -> Path:
-    """Where the test script paints its predictions."""
+    """Return the folder of the painted predictions of a task."""
     return WORK_DIR / task / 'test' / 'painted'
 
 
 def metrics(task: str, name: str) -> dict:
-    """The metrics that the last test of a task wrote."""
+    """Read the metrics of the last test of a task."""
     path = max((WORK_DIR / task / name).glob('*/*.json'))
     return json.loads(path.read_text())
 
 
 def minutes(task: str, name: str) -> float:
-    """How long a step took."""
+    """Read the minutes that a step took."""
     return float((WORK_DIR / task / f'{name}.seconds').read_text()) / 60
 
 
 def draw_contact_sheet(task: str, columns: int = 4, rows: int = 3, width: int = 360) -> Path:
-    """Put painted predictions on one picture.
+    """Draw painted predictions of a task on one picture.
 
     Args:
         task (str): A key of ``CONFIGS``.
@@ -180,7 +180,7 @@ def print_table() -> None:
 
 
 def main() -> None:
-    """Make the data, train, test, and show the results."""
+    """Make the data, train, test, and print the results."""
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     os.chdir(ROOT)
     start = time.monotonic()
@@ -191,7 +191,7 @@ def main() -> None:
     run('photo_digits', [*converter, *numbers], WORK_DIR / 'data')
 
     classifier = train('classification')
-    pretrained = f'model.backbone.init_cfg.checkpoint={classifier}'
+    pretrained = f'pretrained={classifier}'
     detector = train('detection', pretrained)
     segmenter = train('segmentation', pretrained)
     with ThreadPoolExecutor(NUM_PROCESSES) as pool:

@@ -1,574 +1,290 @@
-"""Sets up what the demo and the tests need, and says what it does and how long that takes.
+"""Install what the demo and the tests need, and print each step with the time it took.
 
-Everything goes into the active environment if that has torch, else into a virtual environment:
-``$MMSPATIALMAMBA_VENV``, or ``.venv`` in this checkout. What is there already is left alone, so a
-run after a failed one goes on from there.
+Everything goes into the active environment if that has torch, else into a virtual environment: the folder that
+``MMSPATIALMAMBA_VENV`` names, or ``.venv``. What is installed already is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 REPO = Path(__file__).resolve().parent.parent
+LOGS = REPO / 'build' / 'setup-logs'
+LIBRARY = REPO / 'mmspatialmamba' / 'ops' / '_native.so'
 OLDEST_PYTHON = (3, 11)
 TORCH_NEEDS_CXX20 = (2, 14)
+OPENCV = 'opencv-python-headless'
 OTHER_OPENCVS = ('opencv-python', 'opencv-contrib-python', 'opencv-contrib-python-headless')
+MMCV_ADVICE = (
+    "read the first error of the log. To compile, mmcv's ops need a C++ compiler (apt install g++; CXX names another), "
+    'for a GPU nvcc too (CUDA_HOME names its toolkit; CUDA_VISIBLE_DEVICES= builds for the CPU alone), and memory '
+    '(MAX_JOBS=1 takes least). A wheel in a folder that PIP_FIND_LINKS names needs none of these.'
+)
 
-# Runs in the environment that is set up: reads lists of requirements, tells which are not met.
+# Prints what is installed: versions by name, the origin of this package, and a fingerprint of all files.
 PROBE = """
-import hashlib, importlib.metadata, importlib.util, json, re, sys
-from pip._vendor.packaging.requirements import Requirement
-
-def canonical(name):
-    return re.sub('[-_.]+', '-', name).lower()
-
-versions, records, origin = {}, [], None
+import hashlib, importlib.metadata, json, re
+found = {}
 for dist in importlib.metadata.distributions():
-    name = canonical(dist.metadata['Name'])
-    if name in versions:
-        continue
-    versions[name] = dist.version
-    records.append(name + dist.version + (dist.read_text('RECORD') or ''))
-    if name == 'mmspatialmamba':
-        origin = json.loads(dist.read_text('direct_url.json') or 'null')
-
-def met(requirement):
-    if requirement.marker and not requirement.marker.evaluate():
-        return True
-    version = versions.get(canonical(requirement.name))
-    return version is not None and requirement.specifier.contains(version, prereleases=True)
-
-wanted = json.load(sys.stdin)
-missing = {k: [r for r in rows if not met(Requirement(r))] for k, rows in wanted.items()}
+    found.setdefault(re.sub('[-_.]+', '-', dist.metadata['Name'] or '').lower(), dist)
+records = sorted((name, dist.version, dist.read_text('RECORD')) for name, dist in found.items())
+this = found.get('mmspatialmamba')
 print(json.dumps({
-    'python': sys.version.split()[0],
-    'missing': missing,
-    'versions': versions,
-    'origin': origin,
-    'has_cv2': importlib.util.find_spec('cv2') is not None,
-    'fingerprint': hashlib.sha256('\\n'.join(sorted(records)).encode()).hexdigest(),
+    'versions': {name: dist.version for name, dist in found.items()},
+    'origin': this and json.loads(this.read_text('direct_url.json') or 'null'),
+    'fingerprint': hashlib.sha256(repr(records).encode()).hexdigest(),
 }))
 """
 
-# Exit code 3: mmcv imports, but its compiled ops do not load.
-CHECK_OPS = """
-import sys, torch, mmcv
-try:
-    import mmcv._ext
-except ImportError as error:
-    print(error)
-    sys.exit(3)
-"""
-
-DESCRIBE_TORCH = """
-import json, os, torch
-from torch.utils import cpp_extension
-gpu = torch.cuda.is_available() or os.getenv('FORCE_CUDA') == '1'
-print(json.dumps([torch.__version__, torch.version.cuda, gpu and torch.version.hip is None,
-                  cpp_extension.CUDA_HOME]))
-"""
-
 VERIFY = """
-import os, warnings
+import warnings
 warnings.simplefilter('ignore')
 import torch, torchvision, cv2, mmengine, mmcv, mmcv.ops, mmdet, mmseg, mmpretrain, mmspatialmamba
-from mmengine.utils import get_installed_path
-configs = os.path.join(get_installed_path('mmspatialmamba'), '.mim', 'configs')
-assert os.path.isdir(configs), f'{configs} is missing: mmengine finds no config of this package'
 libraries = torch, torchvision, cv2, mmengine, mmcv, mmdet, mmseg, mmpretrain, mmspatialmamba
 print(', '.join(f'{m.__name__} {m.__version__}' for m in libraries))
 """
 
 
 class SetupError(Exception):
-    """A step failed; the message says which, why, and what to do."""
+    """A failed step: the message names it and what to do; ``reason`` is the last line of its output."""
+
+    def __init__(self, message: str, reason: str = '') -> None:
+        super().__init__(message)
+        self.reason = reason[:200]
 
 
 @dataclass
 class Environment:
-    """The environment that is set up.
+    """The environment to install into.
 
     Args:
         python (Path): Its interpreter.
         root (Path): The folder of the virtual environment, or the prefix of the active one.
-        own (bool): Whether it is this project's own, where every pin holds. In anybody else's,
-            packages that are there keep their versions, and others get the version pip chooses;
-            the pins of the OpenMMLab libraries hold everywhere.
-        state (Path): Folder of the logs and of the mark that a verification left.
+        own (bool): Whether it belongs to this project. There, all pins hold. In any other, installed packages keep
+            their versions, pip chooses the versions of the missing ones, and only OpenMMLab's pins hold.
     """
 
     python: Path
     root: Path
     own: bool
-    state: Path
-    _probed: dict | None = field(default=None, repr=False)
-
-    def probe(self) -> dict:
-        """Look at what is installed.
-
-        Returns:
-            dict: ``python``, ``missing`` (requirements not met, by file), ``versions``, ``origin``
-            of this package, ``has_cv2``, and ``fingerprint`` of all that is installed.
-        """
-        if self._probed is None:
-            wanted = json.dumps({name: self.requirements(name) for name in REQUIREMENT_FILES})
-            self._probed = json.loads(self.capture([self.python, '-c', PROBE], stdin=wanted))
-        return self._probed
 
     def requirements(self, name: str) -> list[str]:
         """Read ``requirements/NAME.txt``, without the pins that do not hold here."""
-        lines = (REPO / 'requirements' / f'{name}.txt').read_text(encoding='utf-8').splitlines()
+        lines = read(REPO / 'requirements' / f'{name}.txt').splitlines()
         rows = [line.strip() for line in lines if line.strip() and not line.startswith('#')]
-        if self.own or name == 'openmmlab':
-            return rows
-        return [re.sub(r'==[^;\s]+', '', row) for row in rows]
+        return rows if self.own or name == 'openmmlab' else [re.sub(r'==[^;\s]+', '', row) for row in rows]
 
-    def capture(self, command: list, stdin: str = '') -> str:
-        """Run a short command that only looks, and return its standard output."""
-        result = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=self.state, check=False)
+    def probe(self) -> dict:
+        """Return what ``PROBE`` prints."""
+        result = subprocess.run([self.python, '-c', PROBE], capture_output=True, text=True, cwd=LOGS, check=False)
         if result.returncode:
-            tail = result.stderr.strip().splitlines()[-1:] or ['(no message)']
-            raise SetupError(
-                f'{self.python} cannot be used: {tail[0]}\n'
-                f'It needs pip and a working Python: try {self.python} -m ensurepip, or remove '
-                f'{self.root} and run this again.'
-            )
-        return result.stdout
+            reason = (result.stderr.strip() or 'no message').splitlines()[-1]
+            raise SetupError(f'{self.python} cannot be used ({reason}): repair or remove {self.root}, and start again.')
+        return json.loads(result.stdout)
 
-    def attempt(self, name: str, command: list, extra: dict | None = None) -> tuple[int, Path]:
-        """Run a command with its output in a log.
+    def run(self, name: str, what: str, command: list, advice: str, **variables: str) -> list[str]:
+        """Run a command with its output in ``NAME.log``, and print what it is for and how long it took.
 
         Args:
             name (str): Name of the log.
-            command (list): The command and its arguments.
-            extra (dict | None): Environment variables to add. Defaults to None.
-
-        Returns:
-            tuple[int, Path]: The exit code, and the log.
-        """
-        self._probed = None
-        log = self.state / f'{name}.log'
-        command = [str(part) for part in command]
-        with log.open('w', encoding='utf-8') as stream:
-            stream.write(f'$ {shlex.join(command)}\n')
-            stream.flush()
-            code = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                cwd=self.state,
-                env={**os.environ, **(extra or {})},
-                check=False,
-            ).returncode
-        return code, log
-
-    def run(self, name: str, command: list, advice: str, extra: dict | None = None) -> Path:
-        """Run a command that must succeed, with its output in a log.
-
-        Args:
-            name (str): Name of the log.
-            command (list): The command and its arguments.
+            what (str): What the command is for.
+            command (list): The arguments of this environment's Python.
             advice (str): What to do if it fails.
-            extra (dict | None): Environment variables to add. Defaults to None.
+            **variables (str): Environment variables to add.
 
         Returns:
-            Path: The log.
+            list[str]: The lines of its output.
 
         Raises:
             SetupError: If the exit code is not 0.
         """
-        code, log = self.attempt(name, command, extra)
+        print(f'setup: {what} ...', flush=True)
+        log, start = LOGS / f'{name}.log', time.monotonic()
+        command = [str(part) for part in (self.python, *command)]
+        environment = {**os.environ, 'PIP_DISABLE_PIP_VERSION_CHECK': '1', **variables}
+        with log.open('w', encoding='utf-8') as out:
+            streams = {'stdin': subprocess.DEVNULL, 'stdout': out, 'stderr': subprocess.STDOUT}
+            code = subprocess.run(command, **streams, cwd=LOGS, env=environment, check=False).returncode
+        lines = read(log).splitlines() or ['(it printed nothing)']
         if code:
-            self.fail(log, code, advice)
-        return log
-
-    def fail(self, log: Path, code: int, advice: str) -> NoReturn:
-        """Raise the error of a failed step: command, end of its log, what to do."""
-        command, *lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
-        tail = '\n'.join(f'  | {line}' for line in lines[-25:]) or '  | (it printed nothing)'
-        raise SetupError(
-            f'This command failed with exit code {code}:\n  {command[2:]}\n'
-            f'The end of its output:\n{tail}\n'
-            f'All of it: {log}\n'
-            f'What to do: {advice} Then run this again: it goes on from here.'
-        )
-
-    def pip_install(self, name: str, arguments: list, advice: str = '') -> Path:
-        """Install with pip, and return the log."""
-        return self.run(
-            name,
-            [self.python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments],
-            advice or 'check that pip reaches its package index and that the disk is not full.',
-        )
+            tail = '\n'.join(f'  | {line}' for line in lines[-25:])
+            message = (
+                f'This command failed with exit code {code}:\n  {shlex.join(command)}\n'
+                f'The end of its output:\n{tail}\nAll of it: {log}\n'
+                f'What to do: {advice} Then run this again: it continues from here.'
+            )
+            raise SetupError(message, lines[-1])
+        print(f'setup:   done in {time.monotonic() - start:.1f} s', flush=True)
+        return lines
 
 
-REQUIREMENT_FILES = ('build', 'torch', 'runtime', 'tests', 'openmmlab')
+def read(path: Path) -> str:
+    """Read a text file; one that does not exist is empty."""
+    return path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
 
 
 def choose_environment() -> Environment:
-    """Choose where everything goes.
-
-    Returns:
-        Environment: The active one if it has torch and is not this project's own, else this
-        project's own, which may not exist yet.
-    """
+    """Return the active environment if it has torch and is not this project's own, else this project's own."""
     named = os.environ.get('MMSPATIALMAMBA_VENV')
     venv = Path(named).expanduser().absolute() if named else REPO / '.venv'
     prefix = Path(sys.prefix)
     if prefix.resolve() != venv.resolve() and importlib.util.find_spec('torch'):
-        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-        key = hashlib.sha256(str(prefix).encode()).hexdigest()[:16]
-        state = cache / 'mmspatialmamba' / f'setup-{key}'
-        return Environment(Path(sys.executable), prefix, own=False, state=state)
-    return Environment(venv / 'bin' / 'python', venv, own=True, state=venv / 'setup-logs')
-
-
-@contextlib.contextmanager
-def announced(what: str) -> Iterator[None]:
-    """Print what is about to be done, and then how long it took."""
-    print(f'setup: {what} ...', flush=True)
-    start = time.monotonic()
-    yield
-    print(f'setup:   done in {time.monotonic() - start:.1f} s', flush=True)
+        return Environment(Path(sys.executable), prefix, own=False)
+    return Environment(venv / 'bin' / 'python', venv, own=True)
 
 
 def make_venv(env: Environment) -> None:
-    """Make the virtual environment, unless it is there and works."""
-    if env.python.exists():
-        works = subprocess.run([env.python, '-c', 'import pip'], capture_output=True, check=False)
-        if works.returncode == 0:
-            return
+    """Make the virtual environment, unless it exists and works."""
+    works = [env.python, '-c', 'import pip']
+    if env.python.exists() and subprocess.run(works, capture_output=True, check=False).returncode == 0:
+        return
     if sys.version_info < OLDEST_PYTHON:
         needed, found = '.'.join(map(str, OLDEST_PYTHON)), sys.version.split()[0]
         raise SetupError(
-            f'The pinned packages need Python {needed} or newer, but {sys.executable} is {found}. '
-            f'Start this script with a newer Python (make PYTHON=python{needed} ...), or activate '
-            'an environment that has torch: it is used as it is.'
+            f'The pinned packages need Python {needed} or newer, but {sys.executable} is {found}. Start this script '
+            f'with a newer Python (make PYTHON=python{needed} ...), or activate an environment that has torch.'
         )
-    if (env.root / 'pyvenv.cfg').exists():
-        print(f'setup: {env.root} does not work: it is made anew', flush=True)
-        shutil.rmtree(env.root)
-    elif env.root.exists() and any(path != env.state for path in env.root.iterdir()):
-        raise SetupError(
-            f'{env.root} is no virtual environment, and not empty. Move it away, or name another '
-            'folder in MMSPATIALMAMBA_VENV.'
-        )
-    with announced(f'virtual environment {env.root}'):
-        env.state.mkdir(parents=True, exist_ok=True)
-        env.run(
-            'venv',
-            [sys.executable, '-m', 'venv', env.root],
-            'install the venv module (Debian and Ubuntu: apt install python3-venv).',
-        )
+    if env.root.exists() and not (env.root / 'pyvenv.cfg').exists() and any(env.root.iterdir()):
+        raise SetupError(f'{env.root} is no virtual environment, and not empty: move it, or set MMSPATIALMAMBA_VENV.')
+    print(f'setup: virtual environment {env.root} ...', flush=True)
+    if subprocess.run([sys.executable, '-m', 'venv', '--clear', env.root], check=False).returncode:
+        raise SetupError('The venv module is missing or broken (Debian and Ubuntu: apt install python3-venv).')
 
 
-def install_build_tools(env: Environment) -> None:
-    """Install pip, setuptools and what compiling extensions needs."""
-    missing = env.probe()['missing']['build']
-    if missing:
-        with announced(f'build tools: {", ".join(missing)}'):
-            env.pip_install('build-tools', missing)
+def keeps_opencv(env: Environment, versions: dict) -> bool:
+    """Tell whether an OpenCV other than ours stays. One that does not import is removed: all install one folder."""
+    others = [name for name in OTHER_OPENCVS if name in versions]
+    if OPENCV in versions and not others:
+        return False
+    try:
+        env.run('opencv', 'looking for another OpenCV', ['-c', 'import cv2'], '')
+    except SetupError as error:
+        if others:
+            what = f'{" and ".join(others)} does not import ({error.reason}): replaced by {OPENCV}'
+            env.run('opencv-removal', what, ['-m', 'pip', 'uninstall', '--yes', *others, OPENCV], 'remove it by hand.')
+        return False
+    return True
 
 
-def install_torch(env: Environment) -> None:
-    """Install torch and torchvision. The torch of an active environment stays as it is."""
-    missing = env.probe()['missing']['torch']
-    if not missing:
-        return
-    constraints = REPO / 'requirements' / 'runtime.txt'
-    if not env.own:
-        constraints = env.state / 'torch-constraints.txt'
-        version = env.probe()['versions']['torch'].split('+')[0]
-        constraints.write_text(f'torch=={version}\n', encoding='utf-8')
-    with announced(f'{", ".join(missing)} (a large download)'):
-        env.pip_install('torch', [*missing, '-c', constraints])
+def install_packages(env: Environment) -> None:
+    """Install build tools, torch, and what the libraries, the demo and the tests import."""
+    install = ['-m', 'pip', 'install']
+    advice = f'check that {env.python} has pip (-m ensurepip), that it reaches its index, and that there is disk space.'
+    env.run('build-tools', 'build tools', [*install, *env.requirements('build')], advice)
+    versions = env.probe()['versions']
+    rows = [row for name in ('torch', 'runtime', 'tests') for row in env.requirements(name)]
+    if keeps_opencv(env, versions):
+        rows = [row for row in rows if not row.startswith(OPENCV)]
+    kept = [] if env.own else [f'{name}=={versions[name]}\n' for name in rows if name in versions]
+    (LOGS / 'constraints.txt').write_text(''.join(kept), encoding='utf-8')
+    what = f'{rows[0]} (a large download) and {len(rows) - 1} other packages'
+    env.run('packages', what, [*install, *rows, '-c', 'constraints.txt'], advice)
 
 
-def settle_opencv(env: Environment) -> list[str]:
-    """Decide about OpenCV: one distribution, and it must import.
+def write_cxx20_wrappers(folder: Path) -> dict[str, str]:
+    """Write scripts that call the C++ and the CUDA compiler with C++20 where C++17 is asked for.
 
-    Returns:
-        list[str]: What pip has to install, after what is broken was removed.
+    mmcv's build forces ``-std=c++17``, and the headers of newer torch need C++20.
+    Return their paths, by the environment variable that names the compiler.
     """
-    probed = env.probe()
-    headless = [r for r in env.requirements('runtime') if r.startswith('opencv-python-headless')]
-    missing = [r for r in headless if r in probed['missing']['runtime']]
-    others = [name for name in OTHER_OPENCVS if name in probed['versions']]
-    alone = 'opencv-python-headless' in probed['versions'] and not others
-    if alone or not (others or probed['has_cv2']):
-        return missing
-    if verified(env):
-        return []
-    code, log = env.attempt('opencv', [env.python, '-c', 'import cv2'])
-    if code == 0:
-        return []
-    if not others:
-        env.fail(log, code, 'remove this OpenCV, which pip did not install.')
-    reason = log.read_text(encoding='utf-8').strip().splitlines()[-1]
-    with announced(f'{", ".join(others)} does not import ({reason}): replaced by {headless[0]}'):
-        env.run(
-            'opencv-removal',
-            [env.python, '-m', 'pip', 'uninstall', '--yes', *OTHER_OPENCVS] + ['opencv-python-headless'],
-            f'remove {" and ".join(others)} by hand.',
-        )
-    return headless
+    nvcc = Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda', 'bin', 'nvcc')
+    compilers = {
+        'CXX': next(filter(shutil.which, ('c++', 'g++', 'clang++')), 'c++'),
+        'PYTORCH_NVCC': nvcc if nvcc.exists() else 'nvcc',
+    }
+    for variable, default in compilers.items():
+        compiler = os.environ.get(variable) or default
+        (folder / variable).write_text(f'#!/usr/bin/env bash\nexec {compiler} "${{@/#-std=c++17/-std=c++20}}"\n')
+        (folder / variable).chmod(0o755)
+    return {variable: str(folder / variable) for variable in compilers}
 
 
-def install_third_party(env: Environment) -> None:
-    """Install what the libraries, the demo and the tests import."""
-    opencv = settle_opencv(env)
-    missing = env.probe()['missing']
-    rows = [*missing['runtime'], *missing['tests']]
-    rows = [row for row in rows if not row.startswith('opencv-python-headless')] + opencv
-    if rows:
-        some = ', '.join(rows[:3]) + (f' and {len(rows) - 3} more' if len(rows) > 3 else '')
-        with announced(f'packages: {some}'):
-            env.pip_install('packages', rows)
-
-
-def install_libraries(env: Environment) -> None:
-    """Install the OpenMMLab libraries that have nothing to compile.
+def install_openmmlab(env: Environment) -> None:
+    """Install the OpenMMLab libraries, mmcv from a wheel whose ops load, else compiled.
 
     Without their dependencies, since mmengine asks for the OpenCV that needs libGL.
     """
-    missing = [row for row in env.probe()['missing']['openmmlab'] if not row.startswith('mmcv=')]
-    if missing:
-        with announced(f'OpenMMLab: {", ".join(missing)}'):
-            env.pip_install('openmmlab', ['--no-deps', *missing])
-
-
-def install_mmcv(env: Environment) -> None:
-    """Install mmcv with its ops: a prebuilt wheel if pip finds one that loads, else compiled."""
-    (row,) = (row for row in env.requirements('openmmlab') if row.startswith('mmcv='))
-    if verified(env):
-        return
-    if row in env.probe()['missing']['openmmlab']:
-        with announced(f'{row}: looking for a prebuilt wheel'):
-            code, _ = env.attempt(
-                'mmcv-wheel',
-                [env.python, '-m', 'pip', 'install', '--disable-pip-version-check', '--no-deps']
-                + ['--only-binary', 'mmcv', row],
-            )
-        if code:
-            print('setup:   there is none that fits', flush=True)
-            build_mmcv(env, row, again=False)
-    if not ops_load(env):
-        build_mmcv(env, row, again=True)
-        if not ops_load(env):
-            raise SetupError(f'{row} was compiled, but its ops do not load: see {env.state / "mmcv-check.log"}')
-
-
-def ops_load(env: Environment) -> bool:
-    """Tell whether mmcv's compiled ops load with the torch that is there."""
-    with announced("loading mmcv's ops"):
-        code, log = env.attempt('mmcv-check', [env.python, '-c', CHECK_OPS])
-    if code == 3:
-        reason = log.read_text(encoding='utf-8').strip().splitlines()[-1]
-        print(f'setup:   they do not load with this torch: {reason[:200]}', flush=True)
-    elif code:
-        env.fail(log, code, 'repair the package that is named there.')
-    return code == 0
-
-
-def build_mmcv(env: Environment, row: str, again: bool) -> None:
-    """Compile mmcv.
-
-    Args:
-        env (Environment): Where it goes.
-        row (str): The requirement.
-        again (bool): Whether to replace a build that does not load, passing by pip's cache.
-    """
-    compiler = find_compiler()
-    torch_version, cuda_version, with_cuda, cuda_home = json.loads(env.capture([env.python, '-c', DESCRIBE_TORCH]))
-    nvcc = os.environ.get('PYTORCH_NVCC') or str(Path(cuda_home or '', 'bin', 'nvcc'))
-    if with_cuda and not shutil.which(shlex.split(nvcc)[0]):
-        raise SetupError(
-            f"torch sees a GPU, but there is no nvcc to compile mmcv's ops for it: install the "
-            f'CUDA {cuda_version} toolkit and set CUDA_HOME, or set CUDA_VISIBLE_DEVICES= (empty) '
-            'to build for, and run on, the CPU alone.'
-        )
-    variables = {
-        'CFLAGS': f'{os.environ.get("CFLAGS", "")} -g0 -w'.strip(),
-        'MMCV_WITH_OPS': '1',
-        'MAX_JOBS': os.environ.get('MAX_JOBS') or str(os.cpu_count()),
-    }
-    fresh = ['--no-cache-dir', '--force-reinstall'] if again else []
+    install = ['-m', 'pip', 'install', '--no-deps', '--no-build-isolation']
+    rebuild = ['--no-cache-dir', '--force-reinstall', '--no-binary=mmcv']
+    rows = env.requirements('openmmlab')
+    mmcv = [row for row in rows if row.startswith('mmcv=')]
+    check = ('mmcv-ops', "loading mmcv's ops", ['-c', 'import torch, mmcv._ext'])
+    variables = {'MMCV_WITH_OPS': '1', 'CFLAGS': f'{os.environ.get("CFLAGS", "")} -g0 -w'.strip()}
+    variables['MAX_JOBS'] = os.environ.get('MAX_JOBS') or str(os.cpu_count())
     with tempfile.TemporaryDirectory(prefix='mmspatialmamba-') as folder:
-        if tuple(map(int, torch_version.split('.')[:2])) >= TORCH_NEEDS_CXX20:
-            variables['CXX'] = str(write_cxx20_wrapper(Path(folder, 'c++'), compiler))
-            if with_cuda:
-                wrapper = write_cxx20_wrapper(Path(folder, 'nvcc'), shlex.split(nvcc))
-                variables['PYTORCH_NVCC'] = str(wrapper)
-        with announced(f'compiling {row} (about 6 minutes on 2 cores)'):
-            env.run(
-                'mmcv-build',
-                [env.python, '-m', 'pip', 'install', '--disable-pip-version-check', '--verbose']
-                + ['--no-deps', '--no-build-isolation', '--no-binary', 'mmcv', *fresh, row],
-                'read the first error of the log; if the compiler was killed, memory ran out: set MAX_JOBS=1.',
-                variables,
-            )
+        if tuple(map(int, env.probe()['versions']['torch'].split('.')[:2])) >= TORCH_NEEDS_CXX20:
+            variables.update(write_cxx20_wrappers(Path(folder)))
+        what = f'{", ".join(rows)} (6 minutes on 2 cores if mmcv is compiled)'
+        env.run('openmmlab', what, [*install, *rows], MMCV_ADVICE, **variables)
+        env.run('mmcv', 'importing mmcv', ['-c', 'import torch, mmcv'], 'repair the package that is named there.')
+        try:
+            env.run(*check, '')
+        except SetupError as error:
+            what = f'compiling {mmcv[0]} for this torch, since its ops do not load: {error.reason}'
+            env.run('mmcv-build', what, [*install, *rebuild, *mmcv], MMCV_ADVICE, **variables)
+            env.run(*check, 'compare the versions of torch and mmcv.')
 
 
-def find_compiler() -> list[str]:
-    """Find the C++ compiler.
-
-    Returns:
-        list[str]: The command in ``CXX``, else the first of c++, g++ and clang++ that exists.
-
-    Raises:
-        SetupError: If there is none.
-    """
-    named = shlex.split(os.environ.get('CXX', ''))
-    for command in [named] if named else [['c++'], ['g++'], ['clang++']]:
-        if shutil.which(command[0]):
-            return command
-    raise SetupError(
-        f"No C++ compiler ({named[0] if named else 'c++, g++ or clang++'}) to compile mmcv's ops: "
-        'install one (Debian and Ubuntu: apt install g++) or name it in CXX; or add a folder with '
-        'an mmcv wheel that fits to PIP_FIND_LINKS.'
-    )
-
-
-def write_cxx20_wrapper(path: Path, compiler: list[str]) -> Path:
-    """Write a script that calls a compiler with C++20 where C++17 is asked for.
-
-    mmcv's build forces ``-std=c++17``, and the headers of newer torch need C++20.
-
-    Args:
-        path (Path): Where to write it.
-        compiler (list[str]): The compiler's command.
-
-    Returns:
-        Path: ``path``.
-    """
-    path.write_text(
-        '#!/bin/sh\n'
-        'for argument do\n'
-        '  shift\n'
-        '  if [ "$argument" = -std=c++17 ]; then argument=-std=c++20; fi\n'
-        '  set -- "$@" "$argument"\n'
-        'done\n'
-        f'exec {shlex.join(compiler)} "$@"\n',
-        encoding='utf-8',
-    )
-    path.chmod(0o755)
-    return path
-
-
-def sources_of_the_ops(env: Environment) -> str:
-    """Fingerprint what the compiled ops are made of: their sources, how they are built, and torch."""
-    digest = hashlib.sha256(env.probe()['versions'].get('torch', '').encode())
-    for path in [REPO / 'setup.py', *sorted(REPO.glob('csrc/**/*.*'))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def fingerprint(env: Environment) -> str:
+    """Fingerprint what an installation of this checkout is made of, and whether its products exist."""
+    sources = [REPO / 'setup.py', REPO / 'mmspatialmamba' / 'version.py', *sorted(REPO.glob('csrc/**/*.*'))]
+    products = [path.exists() for path in (LIBRARY, REPO / 'mmspatialmamba' / '.mim' / 'configs')]
+    made_of = (env.probe()['versions'].get('torch'), products, *map(read, sources))
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
 
 def install_this(env: Environment) -> None:
-    """Install this checkout, editable, and compile its ops, unless this very checkout is installed."""
-    probed = env.probe()
-    origin = probed['origin'] or {}
-    version = runpy.run_path(str(REPO / 'mmspatialmamba' / 'version.py'))['__version__']
-    library, built = REPO / 'mmspatialmamba' / 'ops' / '_native.so', env.state / 'ops-built-from'
-    sources = sources_of_the_ops(env)
-    if (
-        origin.get('url') == REPO.as_uri()
-        and origin.get('dir_info', {}).get('editable')
-        and probed['versions']['mmspatialmamba'] == version
-        and (REPO / 'mmspatialmamba' / '.mim' / 'configs').exists()
-        and (built.exists() and built.read_text(encoding='utf-8') == f'{sources} {library.exists()}')
-    ):
+    """Install this checkout, editable, and compile its ops, unless that was done from the same sources."""
+    made_from, origin = LOGS / 'made-from', env.probe()['origin'] or {}
+    here = origin.get('url') == REPO.as_uri() and origin.get('dir_info', {}).get('editable')
+    if here and read(made_from) == fingerprint(env):
         return
-    library.unlink(missing_ok=True)
-    with announced(f'mmspatialmamba {version}, editable from {REPO}, with its ops (about 2 minutes on 2 cores)'):
-        log = env.pip_install(
-            'mmspatialmamba',
-            ['--verbose', '--no-deps', '--no-build-isolation', '--editable', REPO],
-            'read the error above; it is about this checkout.',
-        )
-        said = re.findall(r'(?m)^\s*mmspatialmamba: (.*)', log.read_text(encoding='utf-8', errors='replace'))
-        for line in dict.fromkeys(said):
-            print(f'setup:   {line}', flush=True)
-        if not library.exists():
-            print(f'setup:   the ops run on plain PyTorch; all the output: {log}', flush=True)
-    built.write_text(f'{sources} {library.exists()}', encoding='utf-8')
-
-
-def mark(env: Environment) -> Path:
-    """Name the file that holds the fingerprint of what was verified last."""
-    return env.state / 'verified'
-
-
-def verified(env: Environment) -> bool:
-    """Tell whether exactly what is installed now was verified before."""
-    path = mark(env)
-    return path.exists() and path.read_text(encoding='utf-8') == env.probe()['fingerprint']
-
-
-def verify(env: Environment) -> None:
-    """Import everything, once for each state of the environment."""
-    if verified(env):
-        return
-    with announced('importing everything'):
-        log = env.run(
-            'verify',
-            [env.python, '-c', VERIFY],
-            'if a package is broken, remove it with pip uninstall.',
-        )
-        print(f'setup:   {log.read_text(encoding="utf-8").splitlines()[-1]}', flush=True)
-    mark(env).write_text(env.probe()['fingerprint'], encoding='utf-8')
+    LIBRARY.unlink(missing_ok=True)
+    what = f'mmspatialmamba, editable from {REPO}, with its ops (2 minutes on 2 cores)'
+    command = ['-m', 'pip', 'install', '--verbose', '--no-deps', '--no-build-isolation', '--editable', REPO]
+    for line in env.run('mmspatialmamba', what, command, 'read the error above; it is about this checkout.'):
+        if line.strip().startswith('mmspatialmamba: '):
+            print(f'setup:   {line.strip()}', flush=True)
+    made_from.write_text(fingerprint(env), encoding='utf-8')
 
 
 def set_up(env: Environment) -> None:
-    """Do every step that is not done yet.
-
-    Raises:
-        SetupError: If a step fails.
-    """
+    """Install what is missing, and import everything, unless nothing changed since that was done."""
     start = time.monotonic()
     if env.own:
         make_venv(env)
-    env.state.mkdir(parents=True, exist_ok=True)
-    whose = 'own' if env.own else 'active, because it has torch'
-    print(f'setup: environment {env.root} ({whose}; Python {env.probe()["python"]})', flush=True)
-    install_build_tools(env)
-    install_torch(env)
-    install_third_party(env)
-    install_libraries(env)
-    install_mmcv(env)
-    install_this(env)
-    verify(env)
-    print(f'setup: everything is there ({time.monotonic() - start:.1f} s)', flush=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    print(f'setup: environment {env.root} ({"own" if env.own else "active, because it has torch"})', flush=True)
+    verified, wanted = LOGS / 'verified', [read(path) for path in sorted(REPO.glob('requirements/*.txt'))]
+    if read(verified) != repr((env, env.probe(), fingerprint(env), wanted)):
+        install_packages(env)
+        install_openmmlab(env)
+        install_this(env)
+        advice = 'if a package is broken, remove it with pip uninstall.'
+        print(f'setup:   {env.run("verify", "importing everything", ["-c", VERIFY], advice)[-1]}', flush=True)
+        verified.write_text(repr((env, env.probe(), fingerprint(env), wanted)), encoding='utf-8')
+    print(f'setup: everything is installed ({time.monotonic() - start:.1f} s)', flush=True)
 
 
 def main() -> None:
-    """Parse the arguments and set up."""
+    """Parse the arguments, and set up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--print-python',
-        action='store_true',
-        help='print the interpreter of the environment that would be set up, and do nothing',
-    )
-    args = parser.parse_args()
+    parser.add_argument('--print-python', action='store_true', help='print the interpreter to set up, and do nothing')
     env = choose_environment()
-    if args.print_python:
+    if parser.parse_args().print_python:
         print(env.python)
         return
     try:
@@ -576,7 +292,7 @@ def main() -> None:
     except (SetupError, OSError) as error:
         sys.exit(f'setup: failed. {error}')
     except KeyboardInterrupt:
-        sys.exit('setup: interrupted; run this again to go on from here')
+        sys.exit('setup: interrupted; run this again to continue')
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+pretrained = None
 
 model = dict(
     backbone=dict(
@@ -14,7 +15,7 @@ model = dict(
         type='SpatialMamba',
         arch=dict(embed_dims=16, depths=(1, 1, 1, 1)),
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=None),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, num_outs=4),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32])),

@@ -1,6 +1,7 @@
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+pretrained = None
 
 model = dict(
     type='ImageClassifier',
@@ -9,7 +10,7 @@ model = dict(
         arch=dict(embed_dims=16, depths=(1, 1, 1, 1)),
         out_indices=(3,),
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=None),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(

@@ -5,6 +5,7 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
+pretrained = None
 
 norm_cfg = dict(type='BN')
 # Seven of eight pixels are photograph.
@@ -17,7 +18,7 @@ model = dict(
         type='SpatialMamba',
         arch=dict(embed_dims=16, depths=(1, 1, 1, 1)),
         drop_path_rate=0.0,
-        init_cfg=dict(type='Pretrained', checkpoint=None),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     decode_head=dict(
         in_channels=[16, 32, 64, 128], channels=48, num_classes=11, norm_cfg=norm_cfg, loss_decode=loss_decode

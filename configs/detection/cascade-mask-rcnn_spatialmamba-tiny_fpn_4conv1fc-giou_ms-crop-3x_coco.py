@@ -4,7 +4,8 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
-checkpoint_file = None
+pretrained = None
+checkpoint_file = None  # unsets the weights that the inherited config has for its own backbone
 
 model = dict(
     backbone=dict(
@@ -12,7 +13,7 @@ model = dict(
         type='SpatialMamba',
         arch='tiny',
         drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )

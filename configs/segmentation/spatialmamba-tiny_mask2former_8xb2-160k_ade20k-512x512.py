@@ -4,7 +4,7 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmdet.models', 'mmspatialmamba'], allow_failed_imports=False)
-checkpoint_file = None
+pretrained = None
 
 model = dict(
     backbone=dict(
@@ -12,7 +12,7 @@ model = dict(
         type='SpatialMamba',
         arch='tiny',
         drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
 )

@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
-checkpoint_file = None
+pretrained = None
 
 model = dict(
     data_preprocessor=dict(size=(512, 1024)),
@@ -15,7 +15,7 @@ model = dict(
         type='SpatialMamba',
         arch='tiny',
         drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint_file),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
     auxiliary_head=dict(in_channels=256),

@@ -4,6 +4,7 @@ from .fsdp import ResumableFSDPStrategy, block_wrap_policy
 from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
 from .mesa_hook import MESAHook
+from .prepare_hook import PrepareForCPUHook
 from .safe_globals import allow_training_checkpoints
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     'LoadAuditHook',
     'MESAHook',
     'MainProcessLoggerHook',
+    'PrepareForCPUHook',
     'ResumableCheckpointHook',
     'ResumableFSDPStrategy',
     'allow_training_checkpoints',

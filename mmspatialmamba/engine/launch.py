@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import os
-import re
 import runpy
 import signal
 import sys
@@ -14,37 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
+from typing import TextIO
 
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
-from yaml import YAMLError
+from mmengine.registry import MODELS
+from torch import nn
 
 from mmspatialmamba.checkpoint import CheckpointError
 
 from .checkpoint_hook import CheckpointFileError
 
 PIP_NAMES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
-USAGE = {
-    'train': 'python tools/train.py CONFIG [options]',
-    'test': 'python tools/test.py CONFIG CHECKPOINT [options]',
-}
-# What evaluating a config's Python, JSON or YAML raises when the config is at fault.
-CONFIG_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    YAMLError,
-)
+HELP = """usage: python tools/{task}.py CONFIG [options]
+CONFIG --help lists those of its library. tools/test.py adds --prepare, to test what prepare_for_cpu makes."""
 
 
 class LaunchError(Exception):
@@ -52,213 +35,100 @@ class LaunchError(Exception):
 
 
 class Interrupted(Exception):
-    """The script was stopped by a signal: its number."""
+    """The end of a script that a signal stopped: its number."""
 
 
 def load_config(path: str) -> Config:
-    """Read a config and do its ``custom_imports``.
-
-    Args:
-        path (str): The config file.
-
-    Returns:
-        Config: The config.
-
-    Raises:
-        LaunchError: If the file does not exist or cannot be read as a config.
-    """
+    """Read a config file and import its ``custom_imports``, or raise LaunchError."""
     if not Path(path).is_file():
         raise LaunchError(f'there is no config file {path} (working directory: {Path.cwd()})')
     try:
         return Config.fromfile(path)
-    except CONFIG_ERRORS as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        cause = error.__context__
-        if isinstance(error, ImportError) and cause is not None:
-            reason += f' ({" ".join(str(cause).split())})'
+    except Exception as error:  # A config is a program, which may raise anything.
+        cause = f' ({error.__context__})' if isinstance(error, ImportError) and error.__context__ else ''
+        reason = ' '.join(f'{type(error).__name__}: {error}{cause}'.split())
         raise LaunchError(f'cannot read config {path}: {reason}') from error
 
 
-def find_script(scope: str | None, task: str, config: str) -> Path:
-    """Find the script that a library installs for its own users.
-
-    Args:
-        scope (str, optional): The config's ``default_scope``.
-        task (str): 'train' or 'test'.
-        config (str): The config file, for the messages.
-
-    Returns:
-        Path: The script.
-
-    Raises:
-        LaunchError: If the scope is missing or not one of the three libraries, or if the library
-            or its script is not installed.
-    """
-    choice = ', '.join(PIP_NAMES)
-    if scope is None:
-        raise LaunchError(f'config {config} sets no default_scope: set it to one of {choice}')
+def find_script(scope: str | None, task: str, config: str) -> str:
+    """Find the script that a config's library installs for its own users, or raise LaunchError."""
     if scope not in PIP_NAMES:
-        raise LaunchError(f'config {config} has default_scope {scope!r}: it must be one of {choice}')
+        raise LaunchError(f'config {config} has default_scope {scope!r}: it must be one of {", ".join(PIP_NAMES)}')
     spec = importlib.util.find_spec(scope)
     if spec is None or spec.origin is None:
-        raise LaunchError(
-            f'config {config} needs {scope}, which is not installed: run "pip install {PIP_NAMES[scope]}"'
-        )
+        raise LaunchError(f'config {config} needs {scope}, which is not installed: pip install {PIP_NAMES[scope]}')
     script = Path(spec.origin).parent / '.mim' / 'tools' / f'{task}.py'
     if not script.is_file():
-        raise LaunchError(
-            f'the installed {scope} lacks its script {script}: '
-            f'run "pip install --force-reinstall --no-deps {PIP_NAMES[scope]}"'
-        )
-    return script
+        raise LaunchError(f'{script} is missing: pip install --force-reinstall --no-deps {PIP_NAMES[scope]}')
+    return str(script)
 
 
 def check_checkpoints(args: Namespace) -> None:
-    """Check that a checkpoint named by a local path exists.
-
-    Args:
-        args (Namespace): What the library's script parsed.
-
-    Raises:
-        LaunchError: If it does not.
-    """
-    resume = getattr(args, 'resume', None)
-    for path in (getattr(args, 'checkpoint', None), None if resume == 'auto' else resume):
-        if isinstance(path, str) and '://' not in path and not Path(path).is_file():
+    """Raise LaunchError if a checkpoint that the arguments name by a local path does not exist."""
+    for path in (getattr(args, 'checkpoint', None), getattr(args, 'resume', None)):
+        if isinstance(path, str) and path != 'auto' and '://' not in path and not Path(path).is_file():
             raise LaunchError(f'there is no checkpoint {path} (working directory: {Path.cwd()})')
 
 
-def _sync_bn_keys(node: object, prefix: str = '') -> Iterator[str]:
-    """Yield the dotted key of every ``type='SyncBN'`` in a config."""
-    items: list[tuple] = []
-    if isinstance(node, dict):
-        items = list(node.items())
-        if node.get('type') == 'SyncBN':
-            yield f'{prefix}type'
-    elif isinstance(node, (list, tuple)):
-        items = list(enumerate(node))
-    for key, value in items:
-        yield from _sync_bn_keys(value, f'{prefix}{key}.')
-
-
-def cpu_options(cfg: Config, tta: bool = False) -> list[str]:
-    """List the overrides that a config needs to run as several processes without a GPU.
-
-    mmengine hands ``device_ids`` to DistributedDataParallel, which takes none on the CPU, unless
-    ``model_wrapper_cfg`` says otherwise, and refuses SyncBN there. To FullyShardedDataParallel it hands the number of
-    a GPU as ``device_id``, unless the strategy's ``model_wrapper`` says otherwise.
-
-    Args:
-        cfg (Config): The config, with the caller's own overrides merged. What it says of
-            ``model_wrapper_cfg`` is kept.
-        tta (bool): Whether the script is to test with test-time augmentation. Defaults to False.
-
-    Returns:
-        list[str]: Values for ``--cfg-options``.
-    """
-    wrapper = cfg.get('model_wrapper_cfg')
-    wanted = {'type': 'MMDistributedDataParallel', 'device_ids': None}
-    if wrapper is None:
-        # With a model_wrapper_cfg, mmengine no longer looks at these.
-        wanted['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
-        wanted['broadcast_buffers'] = False
-        wrapper = {}
-    elif wrapper.get('type', wanted['type']) != wanted['type']:
-        wanted = {}
-    options = [f'model_wrapper_cfg.{k}={v}' for k, v in wanted.items() if k not in wrapper]
-    if cfg.get('strategy', {}).get('type') in ('FSDPStrategy', 'ResumableFSDPStrategy'):
-        options = ['strategy.model_wrapper.device_id=cpu']
-    keys = list(_sync_bn_keys(cfg.to_dict()))
-    if tta and cfg.default_scope == 'mmpretrain':
-        # Of the three, only mmpretrain's script wraps the model before it merges the options.
-        keys = [re.sub(r'^model\.', 'model.module.', key) for key in keys]
-    options += [f'{key}=BN' for key in keys]
-    if cfg.get('sync_bn') is not None:
-        options.append('sync_bn=None')
+def task_options(cfg: Config, args: Namespace, task: str, prepare: bool = False) -> list[str]:
+    """List the overrides of a training or a test, where ``cfg`` has the caller's own merged."""
+    options = ['default_hooks.prepare.type=PrepareForCPUHook'] if prepare else []
+    pretrained, optim = (args.cfg_options or {}).get('pretrained'), cfg.get('optim_wrapper', {}).get('type')
+    if task == 'train' and pretrained is not None:
+        # A variable of the file, which mmengine has used before it merges options.
+        options.append(f'model.backbone.init_cfg.checkpoint={pretrained}')
+    if task == 'train' and get_device() == 'cpu' and (args.amp or optim == 'AmpOptimWrapper'):
+        # mmengine's mixed precision needs a GPU.
+        sys.argv = [argument for argument in sys.argv if argument != '--amp']
+        options.append('optim_wrapper.type=CPUAmpOptimWrapper')
+        tell(f'No GPU: mixed precision is bfloat16 autocast of backbone and neck, with --cfg-options {options[-1]}')
+    logger = cfg.get('default_hooks', {}).get('logger', {'type': 'LoggerHook'})
+    if task == 'test' and args.launcher != 'none' and logger and logger.get('type') == 'LoggerHook':
+        # mmengine's hook writes the metrics of a test once for each process.
+        options.append('default_hooks.logger.type=MainProcessLoggerHook')
     return options
 
 
-def use_cpu_amp(cfg: Config, args: Namespace, argv: list[str]) -> list[str]:
-    """Replace mmengine's mixed precision, which needs a GPU, by bfloat16 autocast where it is asked for.
-
-    Args:
-        cfg (Config): The config, with the caller's own overrides merged.
-        args (Namespace): What the library's script parsed.
-        argv (list[str]): The script's arguments.
-
-    Returns:
-        list[str]: The arguments to use.
-    """
-    if not args.amp and cfg.get('optim_wrapper', {}).get('type') != 'AmpOptimWrapper':
-        return argv
-    option = 'optim_wrapper.type=CPUAmpOptimWrapper'
-    if int(os.environ.get('RANK', 0)) == 0:
-        print(
-            f'No GPU: mixed precision is bfloat16 autocast of backbone and neck, with --cfg-options {option}',
-            flush=True,
-        )
-    return [argument for argument in argv if argument != '--amp'] + ['--cfg-options', option]
-
-
-def metrics_options(cfg: Config) -> list[str]:
-    """List the overrides that let one of several processes alone write the metrics of a test.
-
-    Args:
-        cfg (Config): The config. A logger hook other than mmengine's is kept.
-
-    Returns:
-        list[str]: Values for ``--cfg-options``.
-    """
-    hook = cfg.get('default_hooks', {}).get('logger', {'type': 'LoggerHook'})
-    if hook is None or hook.get('type') != 'LoggerHook':
+def cpu_options(cfg: Config) -> list[str]:
+    """List the overrides that keep mmengine from handing a GPU's number to the wrapper of a model on a CPU."""
+    if cfg.get('strategy', {}).get('type') in ('FSDPStrategy', 'ResumableFSDPStrategy'):
+        return ['strategy.model_wrapper.device_id=cpu']
+    wrapper, ddp = cfg.get('model_wrapper_cfg'), 'MMDistributedDataParallel'
+    wanted = {'type': ddp, 'device_ids': None}
+    if wrapper is None:
+        # Without a model_wrapper_cfg, mmengine sets these.
+        wanted.update(find_unused_parameters=cfg.get('find_unused_parameters', False), broadcast_buffers=False)
+    elif wrapper.get('type', ddp) != ddp:
         return []
-    return ['default_hooks.logger.type=MainProcessLoggerHook']
+    return [f'model_wrapper_cfg.{key}={value}' for key, value in wanted.items() if key not in (wrapper or {})]
 
 
 def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
-    """Join the group of CPU processes, over gloo.
-
-    mmengine's launchers need a GPU, but its Runner uses a process group that exists already.
-
-    Args:
-        cfg (Config): The config, with the caller's own overrides merged.
-        args (Namespace): What the library's script parsed.
-        task (str): 'train' or 'test'.
-
-    Returns:
-        list[str]: The arguments to add to the script's.
-
-    Raises:
-        LaunchError: If the processes were not started by torchrun.
-    """
-    if args.launcher != 'pytorch':
-        raise LaunchError(
-            f'--launcher {args.launcher} needs a GPU and this machine has none: '
-            f'for CPU processes use tools/dist_{task}.sh'
-        )
-    if 'RANK' not in os.environ:
-        raise LaunchError(f'--launcher pytorch needs processes started by torchrun: use tools/dist_{task}.sh')
-    options = cpu_options(cfg, getattr(args, 'tta', False))
+    """Join the group of CPU processes, which mmengine's Runner uses, and list their overrides, or raise LaunchError."""
+    if args.launcher != 'pytorch' or 'RANK' not in os.environ:
+        reason = f'--launcher {args.launcher} needs a GPU, which this machine lacks, or CPU processes of torchrun'
+        raise LaunchError(f'{reason}: use tools/dist_{task}.sh')
+    options = [*cpu_options(cfg), 'sync_bn=None']
     timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     dist.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
-    if dist.get_rank() == 0:
-        print(
-            f'No GPU: {dist.get_world_size()} CPU processes over gloo, with --cfg-options {" ".join(options)}',
-            flush=True,
-        )
-    return ['--cfg-options', *options] if options else []
+    importlib.import_module('mmcv.cnn')  # registers SyncBN, which needs GPUs
+    MODELS.register_module('SyncBN', force=True, module=nn.BatchNorm2d)
+    tell(f'No GPU: {dist.get_world_size()} CPU processes over gloo, BN for SyncBN, --cfg-options {" ".join(options)}')
+    return options
+
+
+def tell(message: str, file: TextIO | None = None) -> None:
+    """Print a line, once for all processes."""
+    if os.environ.get('RANK', '0') == '0':
+        print(message, file=file, flush=True)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Stop what runs inside at SIGINT, as Ctrl-C sends it, and SIGTERM, as torchrun and batch systems do.
-
-    Raises:
-        Interrupted: If one of them came, whatever became of it inside.
-    """
+    """Stop what runs inside at SIGINT (Ctrl-C) or SIGTERM (torchrun, batch systems), and raise Interrupted."""
     process, received = os.getpid(), []
 
-    def stop(signum: int, frame: FrameType | None) -> None:
+    def stop(signum: int, frame: object) -> None:
         # The workers of a data loader are forked with this handler.
         if os.getpid() == process:
             received.append(signum)
@@ -279,84 +149,50 @@ def interruptible() -> Iterator[None]:
 
 
 def resume_advice(cfg: Config, args: Namespace) -> str:
-    """Say how to go on with a training that was interrupted.
-
-    Args:
-        cfg (Config): The config, with the caller's own overrides merged.
-        args (Namespace): What the library's script parsed.
-
-    Returns:
-        str: One line.
-    """
-    work_dir = getattr(args, 'work_dir', None) or cfg.get('work_dir') or Path('work_dirs', Path(cfg.filename).stem)
+    """Say how to continue a training that was interrupted."""
+    work_dir = args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(cfg.filename).stem)
     last = Path(work_dir, 'last_checkpoint')
     if not last.is_file():
         return f'no checkpoint was saved in {work_dir} yet: run the same command again to start anew'
-    return (
-        f'the last checkpoint is {last.read_text().strip()}: '
-        'to go on from it, run the same command with --resume (and no file after it)'
-    )
+    checkpoint = last.read_text().strip()
+    return f'to continue from {checkpoint}, run the same command with --resume (and no file after it)'
 
 
 def launch(task: str, argv: list[str]) -> None:
-    """Run a library's own script in this process, with the same arguments.
-
-    Args:
-        task (str): 'train' or 'test'.
-        argv (list[str]): The config, then whatever the library's script takes.
-
-    Raises:
-        LaunchError: If the arguments name something that is not there.
-        Interrupted: If the script was stopped by SIGINT, as Ctrl-C sends it, or SIGTERM.
-    """
+    """Run a library's own script in this process: ``argv`` is the config, then the script's arguments."""
     if argv and argv[0] in ('-h', '--help'):
-        print(
-            f'usage: {USAGE[task]}\n\nRuns the {task} script of {", ".join(PIP_NAMES)}: the one '
-            f"that the config's default_scope names,\nwith all its options. To list them:\n\n"
-            f'    python tools/{task}.py CONFIG --help'
-        )
+        print(HELP.format(task=task))
         return
     if not argv or argv[0].startswith('-'):
-        raise LaunchError(f'the config must be the first argument: {USAGE[task]}')
+        raise LaunchError(f'the config must be the first argument: python tools/{task}.py CONFIG [options]')
+    if task == 'train' and '--prepare' in argv:
+        raise LaunchError('--prepare is for tools/test.py: what prepare_for_cpu makes is for inference alone')
     cfg = load_config(argv[0])
-    script = str(find_script(cfg.get('default_scope'), task, argv[0]))
-    sys.argv = [script, *argv]
+    script = find_script(cfg.get('default_scope'), task, argv[0])
+    sys.argv = [script, *(argument for argument in argv if argument != '--prepare')]
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)
-    on_cpu = get_device() == 'cpu'
     cfg.merge_from_dict(args.cfg_options or {})
-    if on_cpu and task == 'train':
-        sys.argv = use_cpu_amp(cfg, args, sys.argv)
-    if task == 'test' and args.launcher != 'none':
-        options = metrics_options(cfg)
-        sys.argv += ['--cfg-options', *options] if options else []
+    options = task_options(cfg, args, task, prepare='--prepare' in argv)
     try:
         with interruptible():
-            if on_cpu and args.launcher != 'none':
-                sys.argv += start_cpu_process(cfg, args, task)
-                try:
-                    runpy.run_path(script, run_name='__main__')
-                finally:
-                    dist.destroy_process_group()
-            else:
-                runpy.run_path(script, run_name='__main__')
+            if args.launcher != 'none' and get_device() == 'cpu':
+                options += start_cpu_process(cfg, args, task)
+            sys.argv += ['--cfg-options', *options] if options else []
+            runpy.run_path(script, run_name='__main__')
     except Interrupted as interrupt:
-        if int(os.environ.get('RANK', 0)) == 0:
-            advice = resume_advice(cfg, args) if task == 'train' else 'run the same command again'
-            print(f'{task}.py: stopped by {signal.Signals(interrupt.args[0]).name}; {advice}', file=sys.stderr)
+        advice = resume_advice(cfg, args) if task == 'train' else 'run the same command again'
+        tell(f'{task}.py: stopped by {signal.Signals(interrupt.args[0]).name}; {advice}', sys.stderr)
         raise
+    finally:
+        if dist.is_initialized() and get_device() == 'cpu':
+            dist.destroy_process_group()
 
 
 def leave(status: int) -> None:
-    """End the process.
-
-    Of several processes without a GPU, each ends once its exit functions have run: in what Python does after them, a
-    thread of gloo's may abort a process whose work is done.
-
-    Args:
-        status (int): The exit status.
-    """
+    """End the process with an exit status."""
     if 'RANK' in os.environ and get_device() == 'cpu':
+        # In what Python does after the exit functions, a thread of gloo's may abort a process whose work is done.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

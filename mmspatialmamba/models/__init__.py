@@ -1,3 +1,7 @@
-from .backbones import MM_SpatialMamba, SpatialMamba
+from importlib.util import find_spec
 
-__all__ = ['MM_SpatialMamba', 'SpatialMamba']
+# The layers need torch alone.
+if find_spec('mmengine') is not None:
+    from .backbones import MM_SpatialMamba, SpatialMamba
+
+    __all__ = ['MM_SpatialMamba', 'SpatialMamba']

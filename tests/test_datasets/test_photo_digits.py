@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,6 @@ from mmdet.registry import DATASETS as DET_DATASETS
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS as CLS_DATASETS
 from mmseg.registry import DATASETS as SEG_DATASETS
-from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from mmspatialmamba.datasets import photo_digits
@@ -30,10 +30,8 @@ from mmspatialmamba.datasets.photo_digits import (
     SettingsError,
     compose_crop,
     compose_scene,
-    draw_samples,
     load_source,
     make_photo_digits,
-    split_scans,
 )
 
 SIZE = 128
@@ -101,33 +99,20 @@ def test_images_do_not_depend_on_their_number(tmp_path):
     assert len(more) == len(few) + 2 * 4 + 2
 
 
-def test_no_scan_in_both_splits():
-    split = split_scans()
-    train, val = set(split['train'].tolist()), set(split['val'].tolist())
-    assert not train & val
-    assert train | val == set(range(1797))
-    assert len(val) == 497
-    counts = np.bincount(load_digits().target[split['val']])
-    assert counts.min() >= 48 and counts.max() <= 51
-
-
-def test_no_pixel_of_a_photograph_in_both_splits():
-    for package, name in photo_digits.PHOTOS:
-        path = photo_digits.files(package) / name
-        whole = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        index = photo_digits.PHOTOS.index((package, name))
-        parts = [load_source(split).photos[index] for split in ('train', 'val')]
-        assert np.array_equal(np.hstack(parts), whole)
-
-
-def test_only_the_split_s_own_scans_are_drawn():
-    sizes = {split: sum(map(len, load_source(split).scans)) for split in ('train', 'val')}
-    assert sizes == {'train': 1300, 'val': 497}
+def test_splits_share_no_scan():
     fields = {
-        split: {scan.field.tobytes() for of_class in load_source(split).scans for scan in of_class}
-        for split in ('train', 'val')
+        split: [{scan.tobytes() for scan in scans} for scans in load_source(split)[0]] for split in ('train', 'val')
     }
-    assert not fields['train'] & fields['val']
+    train, val = (set().union(*fields[split]) for split in ('train', 'val'))
+    assert not train & val
+    assert (len(train), len(val)) == (1300, 497)
+    assert all(48 <= len(scans) <= 51 for scans in fields['val'])
+
+
+def test_splits_share_no_pixel_of_a_photograph():
+    paths = [files(package) / name for package, names in photo_digits.PHOTOS.items() for name in names.split()]
+    for path, *parts in zip(paths, *(load_source(split)[1] for split in ('train', 'val'))):
+        assert np.array_equal(np.hstack(parts), cv2.imread(str(path))[..., ::-1])
 
 
 @pytest.mark.parametrize('size', [32, 100, SIZE])
@@ -336,14 +321,6 @@ def test_json_is_what_coco_s_is(data_root):
     assert sum(meta['digits']['val'].values()) == len(content['annotations'])
 
 
-def test_samples_are_drawn(data_root, tmp_path):
-    draw_samples(data_root, tmp_path / 'samples.png')
-    picture = cv2.imread(str(tmp_path / 'samples.png'))
-    assert picture.shape[1] == 1200
-    rgb = picture[..., ::-1].reshape(-1, 3)
-    assert (rgb == SEG_PALETTE[0]).all(axis=1).sum() > 1000
-
-
 def test_a_complete_folder_is_left_as_it_is(tmp_path):
     out = tmp_path / 'data'
     assert make_photo_digits(out, **SMALL)
@@ -392,8 +369,8 @@ def test_bad_settings_are_refused(tmp_path, name, value):
 
 
 def test_a_missing_photograph_is_named(monkeypatch):
-    monkeypatch.setattr(photo_digits, 'PHOTOS', (('skimage.data', 'nowhere.png'),))
-    with pytest.raises(FileNotFoundError, match='skimage.data lacks its photograph nowhere.png'):
+    monkeypatch.setattr(photo_digits, 'PHOTOS', {'skimage.data': 'nowhere.png'})
+    with pytest.raises(FileNotFoundError, match='skimage.data lacks nowhere.png'):
         load_source.__wrapped__('train')
 
 
@@ -402,8 +379,10 @@ def test_tool_makes_shows_and_repeats(tmp_path, run_tool):
     args = ('--out', out, '--size', 40, '--num-train', 4, '--cls-size', 32, '--num-cls-train', 10)
     status, _, progress = run_tool(*args, '--show')
     assert status == 0
-    assert 'PhotoDigits: 100%' in progress
-    assert cv2.imread(str(out / 'samples.png')) is not None
+    assert 'PhotoDigits, train scenes: 100%' in progress
+    picture = cv2.imread(str(out / 'samples.png'))[..., ::-1]
+    assert picture.shape[1] == 1200
+    assert (picture == SEG_PALETTE[0]).all(axis=2).sum() > 1000
     assert len(list((out / 'coco' / 'train2017').iterdir())) == 4
     status, output, _ = run_tool(*args)
     assert status == 0

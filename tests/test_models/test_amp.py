@@ -10,7 +10,7 @@ from torch import nn
 from mmspatialmamba import ops
 from mmspatialmamba.datasets.photo_digits import compose_crop, load_source
 from mmspatialmamba.models import SpatialMamba
-from mmspatialmamba.ops.backend import why_unusable
+from mmspatialmamba.ops.dispatch import why_unusable
 
 CPU_BACKENDS = [name for name in ops.available_backends() if why_unusable(name, 'cpu') is None]
 STEPS, BATCH, SIZE, IMAGES = 200, 16, 32, 320

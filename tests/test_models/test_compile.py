@@ -10,10 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mmspatialmamba import ops
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers import SpatialMambaBlock
-from mmspatialmamba.ops import backend as backend_module
-from mmspatialmamba.ops import library, torch_backend
+from mmspatialmamba.ops.dispatch import why_unusable
 
-CPU_BACKENDS = [name for name in ops.available_backends() if backend_module.why_unusable(name, 'cpu') is None]
+CPU_BACKENDS = [name for name in ops.available_backends() if why_unusable(name, 'cpu') is None]
 SIZES = [(2, 3, 64, 48), (2, 3, 40, 75)]
 
 
@@ -73,30 +72,6 @@ def test_compiled_backbone_equals_eager(compiler, stages, rtol, name):
         # Inductor 2.14 fixes the image size itself, where it lowers the backward pass of PyTorch's convolutions, so a
         # second size would only take the same time again.
         check_compiled(small_backbone(stages), SIZES[:1] if compiler == 'inductor' else SIZES, compiler, rtol)
-
-
-def test_compiled_code_heeds_use_backend(monkeypatch):
-    library.register('probe', torch_backend.KERNELS)
-    monkeypatch.setattr(backend_module, '_PREFERENCE', ('torch', 'probe'))
-    monkeypatch.setitem(backend_module._MISSING, 'probe', None)
-    monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
-    graphs = []
-
-    def record(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes if 'mmspatialmamba' in str(node.target)])
-        return graph
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=record)
-    def scan(x):
-        return ops.selective_scan(x, x, -x[0, :, :1], x[:, :1])
-
-    x = torch.ones(2, 3, 5)
-    scan(x)
-    with ops.use_backend('probe'):
-        scan(x)
-        scan(x)
-    scan(x)
-    assert graphs == [['mmspatialmamba_torch.selective_scan'], ['mmspatialmamba_probe.selective_scan']]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from test_ops.truth import dilated_convolutions, scan_of_map, sequential_scan
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops.backend import why_unusable
+from mmspatialmamba.ops.dispatch import why_unusable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAPS = ('u', 'delta', 'B', 'C', 'h')

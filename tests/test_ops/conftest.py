@@ -1,7 +1,7 @@
 import pytest
 
 from mmspatialmamba import ops
-from mmspatialmamba.ops.backend import why_unusable
+from mmspatialmamba.ops.dispatch import why_unusable
 
 CPU_BACKENDS = [name for name in ops.available_backends() if why_unusable(name, 'cpu') is None]
 

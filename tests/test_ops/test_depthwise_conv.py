@@ -49,8 +49,9 @@ def test_part_of_a_wider_map(backend):
     assert relative_error(depthwise_conv(part, weight, bias, 'silu'), truth(x, weight, bias, 'silu')) < 1e-6
 
 
+# Everything before is float32; the output is rounded once.
 @pytest.mark.parametrize('finish', ['silu', 'residual'])
-@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str)
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
 def test_half_precision(dtype, bound, finish):
     for dim in (64, 40):
         inputs = [t.to(dtype) for t in make_inputs((2, dim, 9, 13), torch.channels_last)]
@@ -59,6 +60,21 @@ def test_half_precision(dtype, bound, finish):
         assert relative_error(out, truth(*(t.double() for t in inputs), finish)) < bound
         inputs[1] = inputs[1].transpose(2, 3).contiguous().transpose(2, 3)
         assert torch.equal(depthwise_conv(*inputs, finish), out)
+
+
+@pytest.mark.parametrize('finish', ['none', 'silu', 'residual'])
+def test_autocast_changes_nothing_on_the_cpu(finish):
+    inputs = make_inputs((2, 40, 9, 13))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = depthwise_conv(*inputs, finish)
+    torch.testing.assert_close(out, depthwise_conv(*inputs, finish), rtol=0, atol=0)
+
+
+def test_dtypes_may_differ():
+    x, weight, bias = make_inputs((2, 40, 9, 13))
+    out = depthwise_conv(x.bfloat16(), weight, bias.half(), 'silu')
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, truth(x.bfloat16().double(), weight.double(), bias.half().double(), 'silu')) < 2**-8
 
 
 @pytest.mark.parametrize('finish', ['none', 'silu'])

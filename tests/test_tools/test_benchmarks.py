@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_ops.truth import relative_error
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmspatialmamba import ops
-from mmspatialmamba.models import SpatialMamba
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / 'tools' / 'analysis_tools'
@@ -54,7 +54,7 @@ def test_functions_are_timed_in_turn(tools):
 
         return function
 
-    times = tools.measuring.measure({'a': subject('a', 0.002), 'b': subject('b', 0.004)}, 'cpu', 0, rounds=(4, 9))
+    times = tools.measuring.measure({'a': subject('a', 0.002), 'b': subject('b', 0.004)}, 0, rounds=(4, 9))
     assert calls[-8:] == ['a', 'b'] * 4
     assert {name: len(values) for name, values in times.items()} == {'a': 4, 'b': 4}
     assert 2 <= np.median(times['a']) < np.median(times['b'])
@@ -66,62 +66,92 @@ def test_spread(tools):
 
 def test_kept_bytes_counts_each_storage_once(tools):
     x, y = (torch.rand(10, 10, requires_grad=True) for _ in range(2))
-    assert tools.ops.kept_bytes(lambda x, y: x * y, (x, y)) == 2 * 400
-    assert tools.ops.kept_bytes(lambda x, y: x * x.T, (x, y)) == 400
-    assert tools.ops.kept_bytes(lambda x, y: x + y, (x, y)) == 0
+    kept_bytes = tools.measuring.kept_bytes
+    assert kept_bytes(lambda: x * y) == 2 * 400
+    assert kept_bytes(lambda: x * x.T) == 400
+    assert kept_bytes(lambda: x + y) == 0
+    assert kept_bytes(lambda: x * y, [y]) == 400
+    assert kept_bytes(lambda: checkpoint(lambda z: (z * y).sin(), x, use_reentrant=False)) == 400
 
 
-@pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
-def test_eager_composition_is_the_op(tools, layout):
-    inputs = tools.ops.make_inputs(2, 3, 9, 8, torch.float32, layout, 'cpu')
-    assert relative_error(tools.ops.fused('torch', *inputs), tools.ops.eager(*inputs)) < 1e-6
+@pytest.mark.parametrize('backend', ops.available_backends())
+@pytest.mark.parametrize(
+    'op', ['structure_aware_scan', 'selective_scan', 'state_fusion', 'depthwise_conv', 'gated_layer_norm']
+)
+def test_each_op_is_called_with_gradients_for_all_inputs(tools, op, backend):
+    if tools.ops.why_unusable(backend, 'cpu'):
+        pytest.skip(f'the {backend} backend needs a GPU')
+    call, inputs = tools.ops.make_call(op, 2, 16, 9, torch.float32, 'channels_last', 'cpu')
+    out = tools.ops.on_backend(backend, call)
+    assert out.shape[0] == 2 and out.numel() == 2 * 16 * 81
+    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_the_op_keeps_its_inputs_alone(tools):
-    inputs = tools.ops.make_inputs(1, 3, 9, 8, torch.float32, 'channels_last', 'cpu')
-    leaves = [t.requires_grad_() for t in inputs]
-    assert tools.ops.kept_bytes(lambda *t: tools.ops.fused('torch', *t), leaves) == sum(t.nbytes for t in inputs)
+def test_the_scan_keeps_its_inputs_alone(tools):
+    call, inputs = tools.ops.make_call('structure_aware_scan', 1, 3, 9, torch.float32, 'channels_last', 'cpu')
+    assert tools.measuring.kept_bytes(lambda: tools.ops.on_backend('torch', call)) == sum(t.nbytes for t in inputs)
 
 
-def test_python_loop_is_the_scan(tools):
-    u, delta, B = torch.rand(2, 3, 20), torch.rand(2, 3, 20), torch.rand(2, 1, 20)
-    A = -torch.rand(3, 1)
-    h = ops.selective_scan(u, delta, A, B)[:, :, 0]
-    assert relative_error(tools.ops.python_loop(u, delta, A, B), h) < 1e-6
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
+def test_a_backend_that_cannot_run_is_named(tools, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark_ops.py', '--backends', 'triton'])
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    with pytest.raises(SystemExit):
+        tools.ops.parse_args()
+    assert 'error: --backends triton: ' in capsys.readouterr().err
 
 
-def test_the_op_alone_has_the_backbone_s_shapes(tools, monkeypatch):
-    from mmspatialmamba.models.layers import mixer
-
-    seen, scan = [], mixer.structure_aware_scan
-
-    def record(u, *others):
-        seen.append((u.shape, others[1].shape, others[2].shape))
-        return scan(u, *others)
-
-    monkeypatch.setattr(mixer, 'structure_aware_scan', record)
-    # With gradients: without, a block is one op.
-    SpatialMamba('tiny').eval()(torch.rand(1, 3, 40, 72))
-    alone = tools.backbone.OpAlone('1x40x72', 'cpu')
-    shapes = [(t[0].shape, t[2].shape, t[3].shape) for depth, t in alone.stages for _ in range(depth)]
-    assert shapes == seen
-
-
-@pytest.mark.parametrize('library', ['mmpretrain', 'torchvision'])
 @pytest.mark.parametrize(
     'name, millions', [('Swin-T', 27.5), ('ConvNeXt-T', 27.8), ('ResNet-50', 23.5)], ids=['swin', 'convnext', 'resnet']
 )
-def test_peers_are_the_published_networks(tools, library, name, millions):
-    model = tools.backbone.build(name, library)
+def test_peers_are_the_published_networks(tools, name, millions):
+    model = tools.backbone.build(name)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+def test_the_layers_alone_are_the_backbone_without_its_norms(tools):
+    from mmspatialmamba.models import SpatialMamba
+
+    counts = [
+        sum(p.numel() for p in model.parameters())
+        for model in (tools.backbone.build_from_layers(), SpatialMamba('tiny'))
+    ]
+    assert counts[1] - counts[0] == 2 * (64 + 128 + 256 + 512)
+
+
 def test_a_training_step_changes_the_weights(tools):
-    step = tools.backbone.Step('ResNet-50', 'torchvision', 'training', 'float32', 'channels_last', '2x32x32', 'cpu')
+    step = tools.backbone.Step('ResNet-50', 'training', 'float32', 'channels_last', '2x32x32', 'cpu')
     before = step.model[0].weight.detach().clone()
     step()
     assert step.model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(before, step.model[0].weight)
+
+
+def test_the_prepared_copy_is_what_runs(tools, monkeypatch):
+    class Prepared(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, image):
+            assert not self.model.training and image.dtype == torch.bfloat16
+            return torch.zeros(())
+
+    monkeypatch.setitem(sys.modules, 'mmspatialmamba.deploy', SimpleNamespace(prepare_for_cpu=Prepared))
+    monkeypatch.setattr(tools.backbone, 'PEERS', ())
+    args = SimpleNamespace(compile=False, prepare=True, no_memory=True, device='cpu', seconds=0)
+    rows = tools.backbone.compare(args, 'inference', 'bfloat16', '1x32x32')
+    assert [(row['name'], row['form']) for row in rows] == [(OURS, 'eager'), (OURS, 'prepared')]
+    assert rows[1]['ratios'][OURS]['median'] < 0.5
+
+
+def test_calls_of_swin_are_the_known_ones(tools):
+    # torchvision 0.16 to 0.29: its four files, and every call in them.
+    from torchvision.models import swin_t
+
+    files, calls, everything = tools.backbone.count_calls(swin_t(), 'torchvision')
+    assert (files, calls) == (4, 141) and everything > 1000
 
 
 def test_a_bad_input_size_is_named(tools, monkeypatch, capsys):
@@ -167,85 +197,52 @@ def test_benchmark_ops_with_torch_alone(tmp_path):
     (tmp_path / 'sitecustomize.py').write_text(BLOCK)
     path = f'{tmp_path}{os.pathsep}{ROOT}'
     command = (sys.executable, TOOLS / 'benchmark_ops.py', '--quick', '--threads', 1, '--device', 'cpu')
-    result = run(*command, '--out', tmp_path, '--dtypes', 'float32', '--from-memory', 1, PYTHONPATH=path)
+    result = run(*command, '--out', tmp_path, '--dtypes', 'float32', 'bfloat16', PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
     (file,) = tmp_path.glob('ops_*.json')
     record = json.loads(file.read_text())
-    assert file.with_suffix('.png').is_file()
-    assert record['machine']['threads'] == 1 and 'tf32_matmul' in record['machine']
+    assert record['machine']['threads'] == 1 and set(record['machine']['tf32']) == {'matmul', 'cudnn'}
     assert 'torch' in record['machine']['versions']
-    assert {row['backend'] for row in record['rows']} >= {'torch', 'eager'}
+    assert {row['op'] for row in record['rows']} == {
+        'structure_aware_scan',
+        'selective_scan',
+        'state_fusion',
+        'depthwise_conv',
+        'gated_layer_norm',
+    }
+    assert {row['dtype'] for row in record['rows']} == {'float32', 'bfloat16'}
     for row in record['rows']:
-        assert (row['dtype'], row['layout']) == ('float32', 'channels_last')
         for part in ('forward', 'both'):
             assert row[part]['to_floor']['q25'] <= row[part]['to_floor']['median'] <= row[part]['to_floor']['q75']
-        if row['backend'] == 'eager':
-            assert row['both']['eager_to_this']['median'] == 1
-    assert record['python_loop']['both']['loop_to_this']['median'] > 0
+            if row['backend'] == 'torch':
+                assert row[part]['torch_to_this']['median'] == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'bare, tasks', [(False, ('inference', 'training')), (True, ('inference',))], ids=['openmmlab', 'bare']
-)
-def test_benchmark_backbone(bare, tasks, tmp_path):
-    if bare:
-        (tmp_path / 'sitecustomize.py').write_text(BLOCK)
+def test_benchmark_backbone(tmp_path):
     command = (sys.executable, TOOLS / 'benchmark_backbone.py', '--quick', '--threads', 1, '--device', 'cpu')
-    command += ('--inference', '1x64x64', '--training', *['1x64x64'][: len(tasks) - 1])
-    command += ('--precisions', 'float32', '--no-memory')
-    result = run(*command, '--out', tmp_path, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
+    command += ('--inference', '1x64x64', '--training', '1x64x64', '--precisions', 'float32', '--no-memory')
+    result = run(*command, '--out', tmp_path)
     assert result.returncode == 0, result.stderr
-    assert ("the peers are torchvision's" in result.stdout) == bare
+    assert "the peers are torchvision's" in result.stdout
     (file,) = tmp_path.glob('backbone_*.json')
-    record = json.loads(file.read_text())
-    assert file.with_suffix('.png').is_file()
-    assert record['without_openmmlab'] == bare
-    models = {
-        OURS: 'mmspatialmamba',
-        **dict.fromkeys(('Swin-T', 'ConvNeXt-T', 'ResNet-50'), record['rows'][1]['library']),
-    }
-    assert {row['task'] for row in record['rows']} == set(tasks)
-    for task in tasks:
-        rows = {row['model']: row['library'] for row in record['rows'] if row['task'] == task}
-        assert rows == models | ({'structure_aware_scan': 'mmspatialmamba'} if task == 'inference' else {})
-    assert models['Swin-T'] == ('torchvision' if bare else 'mmpretrain')
-
-
-CHILD = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from without_openmmlab import stand_in
-stand_in()
-from mmspatialmamba.models import SpatialMamba
-state, image, outputs = torch.load(sys.argv[2])
-model = SpatialMamba('tiny').eval()
-model.load_state_dict(state)
-with torch.no_grad():
-    torch.testing.assert_close(model(image), outputs, rtol=0, atol=0)
-assert model.train().stages[3][3].drop_path.keep == 0.8
-print('same')
-"""
-
-
-@pytest.mark.slow
-def test_backbone_without_openmmlab_is_the_same(tmp_path):
-    model, image = SpatialMamba('tiny').eval(), torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.save((model.state_dict(), image, model(image)), tmp_path / 'model.pth')
-    (tmp_path / 'sitecustomize.py').write_text(BLOCK)
-    path = f'{tmp_path}{os.pathsep}{ROOT}'
-    result = run(sys.executable, '-c', CHILD, TOOLS, tmp_path / 'model.pth', PYTHONPATH=path)
-    assert result.stdout == 'same\n', result.stderr
+    rows = json.loads(file.read_text())['rows']
+    names = {OURS, 'Swin-T', 'ConvNeXt-T', 'ResNet-50'}
+    for task in ('inference', 'training'):
+        mine = {row['name']: row for row in rows if row['task'] == task}
+        assert set(mine) == names
+        for name, row in mine.items():
+            assert row['library'] == ('mmspatialmamba' if name == OURS else 'torchvision')
+            assert row['ratios'][name]['median'] == 1 and set(row['ratios']) == names
+            assert ('kept_bytes_a_pixel' in row) == (task == 'training')
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
-def test_memory_of_a_step(tools, tmp_path):
-    args = SimpleNamespace(device='cpu', out=tmp_path)
-    case = ('ResNet-50', 'torchvision', 'training', 'float32', 'channels_last')
-    small = tools.backbone.take_memory(args, *case, '1x64x64')
-    large = tools.backbone.take_memory(args, *case, '2x256x256')
+def test_memory_of_a_step(tools):
+    case = dict(name='ResNet-50', task='training', precision='float32', layout='channels_last', device='cpu')
+    sizes = ('1x64x64', '2x256x256')
+    small, large = (tools.measuring.in_fresh_process(tools.backbone.memory_of, dict(case, size=size)) for size in sizes)
     # The gradients and AdamW's two averages; activations grow with the image.
     assert small['rise_mib'] > 3 * 23.5e6 * 4 / 2**20
     assert large['rise_mib'] > small['rise_mib'] + 100

@@ -4,12 +4,14 @@ import json
 import os
 import stat
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.fileio import load
+from mmengine.registry import Registry
 from small_runs import TOOLS, check_stderr, dist_train, run_script, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -99,6 +101,10 @@ def test_config_must_come_first(run_tool, task, args):
     assert_one_line(run_tool(task, *args), 'first argument', f'tools/{task}.py CONFIG')
 
 
+def test_prepare_is_for_tests(run_tool, write):
+    assert_one_line(run_tool('train', write('a = 1'), '--prepare'), '--prepare is for tools/test.py')
+
+
 @pytest.mark.parametrize('path', ['missing.py', '.'])
 def test_missing_config(run_tool, path):
     assert_one_line(run_tool('train', path), f'no config file {path}', str(Path.cwd()))
@@ -149,7 +155,7 @@ def test_library_without_its_scripts(run_tool, write, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, 'mmseg', raising=False)
     monkeypatch.syspath_prepend(package.parents[1])
     result = run_tool('train', write("default_scope = 'mmseg'"))
-    assert_one_line(result, str(package.parent / '.mim' / 'tools' / 'train.py'), 'reinstall')
+    assert_one_line(result, str(package.parent / '.mim' / 'tools' / 'train.py'), '--force-reinstall')
 
 
 @pytest.mark.parametrize('args', [('none.pth',), ('--tta', 'none.pth')])
@@ -181,7 +187,8 @@ def test_pytorch_launcher_without_torchrun(run_tool, write, tmp_path):
 def test_help_without_a_config(run_tool, task):
     status, out, error = run_tool(task, '--help')
     assert (status, error) == (0, '')
-    assert f'tools/{task}.py CONFIG --help' in out
+    assert out.startswith(f'usage: python tools/{task}.py CONFIG')
+    assert '--help' in out and '--prepare' in out
 
 
 @pytest.mark.parametrize(
@@ -206,6 +213,7 @@ def script(write, monkeypatch):
         'from mmengine.config import DictAction\n'
         'def parse_args():\n'
         '    parser = argparse.ArgumentParser()\n'
+        "    parser.add_argument('config')\n"
         "    parser.add_argument('--launcher', default='none')\n"
         "    parser.add_argument('--amp', action='store_true')\n"
         "    parser.add_argument('--cfg-options', nargs='+', action=DictAction)\n"
@@ -214,8 +222,32 @@ def script(write, monkeypatch):
         '    print(json.dumps(sys.argv))\n',
         'script.py',
     )
-    monkeypatch.setattr(launch, 'find_script', lambda *args: path)
+    monkeypatch.setattr(launch, 'find_script', lambda *args: str(path))
     return path
+
+
+@pytest.mark.parametrize(
+    ('task', 'args', 'option'),
+    [
+        ('test', ['--prepare'], 'default_hooks.prepare.type=PrepareForCPUHook'),
+        ('train', ['--cfg-options', 'pretrained=x.pth'], 'model.backbone.init_cfg.checkpoint=x.pth'),
+    ],
+    ids=['prepare', 'pretrained'],
+)
+def test_our_own_options_reach_the_script_as_overrides(run_tool, write, script, task, args, option):
+    path = write("model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=None)))")
+    status, out, _ = run_tool(task, path, *args)
+    assert status == 0
+    argv = json.loads(out)
+    assert '--prepare' not in argv
+    assert argv[-2:] == ['--cfg-options', option]
+
+
+def test_a_prepared_test_gets_one_more_hook():
+    cfg = Config({'default_hooks': {'timer': {'type': 'IterTimerHook'}}})
+    args = Namespace(launcher='none', cfg_options=None)
+    cfg.merge_from_dict(parse_options(launch.task_options(cfg, args, 'test', prepare=True)))
+    assert cfg.default_hooks == {'timer': {'type': 'IterTimerHook'}, 'prepare': {'type': 'PrepareForCPUHook'}}
 
 
 @pytest.mark.parametrize('gpu', [False, True], ids=['cpu', 'gpu'])
@@ -278,24 +310,15 @@ def test_model_wrapper_on_cpu(cfg, expected):
     assert parse_options(launch.cpu_options(Config(cfg))) == expected
 
 
-def test_sync_bn_becomes_bn_on_cpu():
-    norm = {'type': 'SyncBN', 'requires_grad': True}
-    cfg = Config(
-        {
-            'norm_cfg': norm,
-            'model': {
-                'backbone': {'norm_cfg': norm},
-                'decode_head': [{'norm_cfg': norm}, {'norm_cfg': {'type': 'GN'}}],
-            },
-            'sync_bn': 'torch',
-        }
-    )
-    cfg.merge_from_dict(parse_options(launch.cpu_options(cfg)))
-    bn = {'type': 'BN', 'requires_grad': True}
-    assert cfg.norm_cfg == bn
-    assert cfg.model.backbone.norm_cfg == bn
-    assert cfg.model.decode_head == [{'norm_cfg': bn}, {'norm_cfg': {'type': 'GN'}}]
-    assert cfg.sync_bn is None
+def test_sync_bn_becomes_bn_on_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, 'MODELS', registry := Registry('models'))
+    registry.register_module('SyncBN', module=torch.nn.SyncBatchNorm)
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=get_free_port()).items():
+        monkeypatch.setenv(name, str(value))
+    options = launch.start_cpu_process(Config({'sync_bn': 'torch'}), Namespace(launcher='pytorch'), 'train')
+    torch.distributed.destroy_process_group()
+    assert registry.get('SyncBN') is torch.nn.BatchNorm2d
+    assert parse_options(options)['sync_bn'] is None
 
 
 @pytest.mark.parametrize(
@@ -312,7 +335,9 @@ def test_sync_bn_becomes_bn_on_cpu():
     ids=['default', 'LoggerHook', 'own hook', 'no hook'],
 )
 def test_one_process_writes_the_metrics(hooks, expected):
-    assert launch.metrics_options(Config({'default_hooks': hooks})) == expected
+    args = Namespace(launcher='pytorch', cfg_options=None, amp=False)
+    assert launch.task_options(Config({'default_hooks': hooks}), args, 'test') == expected
+    assert launch.task_options(Config({'default_hooks': hooks}), args, 'train') == []
 
 
 @pytest.mark.slow
@@ -458,7 +483,7 @@ def test_averaged_gradients_equal_those_of_the_whole_batch(classifier, one_proce
     options = ('--cfg-options', 'train_dataloader.batch_size=2')
     out = dist_train(classifier, work_dir, *options, nodes=nodes, processes=processes)
     assert '2 CPU processes over gloo' in out
-    assert 'model.backbone.norm_cfg.type=BN' in out
+    assert 'BN for SyncBN' in out
     assert largest_difference(weights(work_dir), weights(one_process)) < 1e-6
 
 

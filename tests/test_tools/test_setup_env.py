@@ -86,9 +86,7 @@ class TestChoice:
         assert chosen == tmp_path / 'active' / 'bin' / 'python'
 
     def test_pins_hold_in_the_own_one_but_only_of_openmmlab_in_others(self, tmp_path):
-        own, other = (
-            setup_env.Environment(tmp_path / 'python', tmp_path, own=own, state=tmp_path) for own in (True, False)
-        )
+        own, other = (setup_env.Environment(tmp_path / 'python', tmp_path, own=own) for own in (True, False))
         assert any(row.startswith('numpy==') for row in own.requirements('runtime'))
         assert 'numpy' in other.requirements('runtime')
         assert 'setuptools>=77,<81' in other.requirements('build')
@@ -115,8 +113,8 @@ class TestFailure:
 
         first = run_script(checkout, python=bare, **variables)
         assert first.returncode == 1
-        assert 'build tools: mmspatialmamba-absent-a==1.0 ...' in first.stdout
-        log = tmp_path / 'own' / 'setup-logs' / 'build-tools.log'
+        log = checkout / 'build' / 'setup-logs' / 'build-tools.log'
+        assert 'setup: build tools ...' in first.stdout
         assert f'{tmp_path}/own/bin/python -m pip install' in first.stderr
         assert '| ERROR: No matching distribution found for mmspatialmamba-absent-a' in first.stderr
         assert str(log) in first.stderr
@@ -128,18 +126,20 @@ class TestFailure:
         second = run_script(checkout, python=bare, **variables)
         assert second.returncode == 1
         assert 'mmspatialmamba-absent-a' not in second.stdout + second.stderr
-        assert 'packages: mmspatialmamba-absent-b==1.0 ...' in second.stdout
+        assert 'packages ...' in second.stdout
         assert 'No matching distribution found for mmspatialmamba-absent-b' in second.stderr
 
-    def test_shows_the_last_25_lines(self, tmp_path):
-        env = setup_env.Environment(Path(sys.executable), tmp_path, own=True, state=tmp_path)
+    def test_shows_the_last_25_lines(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(setup_env, 'LOGS', tmp_path)
+        env = setup_env.Environment(Path(sys.executable), tmp_path, own=True)
         code = 'for i in range(40): print(f"<{i}>")\nraise SystemExit(7)'
         with pytest.raises(setup_env.SetupError) as failure:
-            env.run('step', [sys.executable, '-c', code], 'do this.')
+            env.run('step', 'a step', ['-c', code], 'do this.')
         message = str(failure.value)
         assert 'exit code 7' in message
         assert '| <15>' in message
         assert '| <14>' not in message
+        assert failure.value.reason == '<39>'
         assert '<0>' in (tmp_path / 'step.log').read_text()
 
     def test_refuses_a_folder_that_is_no_environment(self, checkout, tmp_path):
@@ -149,39 +149,19 @@ class TestFailure:
         (folder / 'holiday.txt').write_text('mine')
         result = run_script(checkout, python=bare, MMSPATIALMAMBA_VENV=folder)
         assert result.returncode == 1
-        assert len(result.stderr.splitlines()) == 1
+        assert len(result.stderr.splitlines()) == 1, result.stderr
         assert f'{folder} is no virtual environment' in result.stderr
         assert [path.name for path in folder.iterdir()] == ['holiday.txt']
 
 
-class TestCompiler:
-    def test_wrapper_rewrites_that_flag_alone(self, tmp_path):
-        show = tmp_path / 'show.py'
-        show.write_text('import json, sys; print(json.dumps(sys.argv[1:]))')
-        wrapper = setup_env.write_cxx20_wrapper(tmp_path / 'c++', [sys.executable, str(show), 'own argument'])
-        given = ['-std=c++17', '-DNAME="a  b"', "it's $HOME", '', '-std=c++14', '-x-std=c++17', '*']
-        output = subprocess.run([wrapper, *given], capture_output=True, text=True, check=True)
-        expected = ['own argument', '-std=c++20', *given[1:]]
-        assert json.loads(output.stdout) == expected
-
-    def test_wrapper_compiles_cxx20_and_hands_on_errors(self, tmp_path):
-        wrapper = setup_env.write_cxx20_wrapper(tmp_path / 'c++', setup_env.find_compiler())
-        source = tmp_path / 'a source.cpp'
-        source.write_text('static_assert(__cplusplus > 201703L);\nint main() { return 0; }\n')
-        command = [wrapper, '-std=c++14', '-std=c++17', '-c', source, '-o', tmp_path / 'an object']
-        assert subprocess.run(command, check=False).returncode == 0
-        assert (tmp_path / 'an object').stat().st_size > 0
-        source.write_text('not C++')
-        assert subprocess.run(command, capture_output=True, check=False).returncode != 0
-
-    @pytest.mark.parametrize('named', ['', 'no-such-compiler -O2'])
-    def test_none_is_one_clear_line(self, tmp_path, monkeypatch, named):
-        monkeypatch.setenv('PATH', str(tmp_path))
-        monkeypatch.setenv('CXX', named)
-        with pytest.raises(setup_env.SetupError, match='No C.. compiler .*apt install g') as error:
-            setup_env.find_compiler()
-        assert '\n' not in str(error.value)
-        assert 'no-such-compiler' in str(error.value) or not named
+def test_wrapper_of_the_compiler_rewrites_that_flag_alone(tmp_path, monkeypatch):
+    show = tmp_path / 'show.py'
+    show.write_text('import json, sys; print(json.dumps(sys.argv[1:]))')
+    monkeypatch.setenv('CXX', f'{sys.executable} {show} "own argument"')
+    wrapper = setup_env.write_cxx20_wrappers(tmp_path)['CXX']
+    given = ['-std=c++17', '-DNAME="a  b"', "it's $HOME", '', '-std=c++14', '-x-std=c++17', '*']
+    output = subprocess.run([wrapper, *given], capture_output=True, text=True, check=True)
+    assert json.loads(output.stdout) == ['own argument', '-std=c++20', *given[1:]]
 
 
 @pytest.fixture
@@ -192,56 +172,73 @@ def isolated(tmp_path, monkeypatch):
         for path in (*SITE_PACKAGES.glob(name), *SITE_PACKAGES.glob(f'{name}-*.dist-info')):
             (site_packages / path.name).symlink_to(path)
     (tmp_path / 'links').mkdir()
-    (tmp_path / 'state').mkdir()
+    (tmp_path / 'logs').mkdir()
+    monkeypatch.setattr(setup_env, 'LOGS', tmp_path / 'logs')
     monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
+    monkeypatch.delenv('PIP_CONSTRAINT', raising=False)
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path / 'links'))
     monkeypatch.setenv('PIP_CACHE_DIR', str(tmp_path / 'cache'))
     monkeypatch.delenv('PYTHONPATH', raising=False)
-    env = setup_env.Environment(
-        tmp_path / 'env' / 'bin' / 'python', tmp_path / 'env', own=True, state=tmp_path / 'state'
-    )
+    env = setup_env.Environment(tmp_path / 'env' / 'bin' / 'python', tmp_path / 'env', own=True)
     return env, site_packages, tmp_path / 'links'
 
 
-def write_distribution(site_packages, name, module, code):
+def write_distribution(site_packages, name, module, code, version='4.0'):
     write_package(site_packages, module, code)
-    info = site_packages / f'{name.replace("-", "_")}-4.0.dist-info'
+    info = site_packages / f'{name.replace("-", "_")}-{version}.dist-info'
     info.mkdir()
-    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 4.0\n')
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
     (info / 'INSTALLER').write_text('pip\n')
     files = [f'{module}/__init__.py', *(f'{info.name}/{path.name}' for path in info.iterdir())]
     (info / 'RECORD').write_text(''.join(f'{file},,\n' for file in [*files, f'{info.name}/RECORD']))
+
+
+def write_wheel(links, name, version, files, requires=''):
+    info = f'{name}-{version}.dist-info'
+    metadata = f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}'
+    tag = 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
+    files = {**files, f'{info}/METADATA': metadata, f'{info}/WHEEL': tag}
+    files[f'{info}/RECORD'] = ''.join(f'{file},,\n' for file in [*files, f'{info}/RECORD'])
+    with zipfile.ZipFile(links / f'{name}-{version}-py3-none-any.whl', 'w') as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
 
 
 class TestOpenCV:
     @pytest.mark.slow
     def test_absent_is_installed_broken_is_replaced_working_is_kept(self, isolated, capsys):
         env, site_packages, _ = isolated
-        (pin,) = (r for r in env.requirements('runtime') if r.startswith('opencv-python-headless'))
-        assert setup_env.settle_opencv(env) == [pin]
+        assert not setup_env.keeps_opencv(env, env.probe()['versions'])
 
         broken = 'raise ImportError("libGL.so.1: cannot open shared object file")'
         write_distribution(site_packages, 'opencv-python', 'cv2', broken)
-        env._probed = None
-        assert setup_env.settle_opencv(env) == [pin]
-        assert 'opencv-python does not import' in (said := capsys.readouterr().out)
-        assert 'libGL.so.1' in said
+        assert not setup_env.keeps_opencv(env, env.probe()['versions'])
+        assert 'opencv-python does not import (ImportError: libGL.so.1' in capsys.readouterr().out
         assert not (site_packages / 'cv2').exists()
         assert 'opencv-python' not in env.probe()['versions']
 
         write_distribution(site_packages, 'opencv-python', 'cv2', '')
-        env._probed = None
-        assert setup_env.settle_opencv(env) == []
+        assert setup_env.keeps_opencv(env, env.probe()['versions'])
         assert (site_packages / 'cv2').exists()
-        assert capsys.readouterr().out == ''
 
 
-FAKE_TORCH = """
-from types import SimpleNamespace
-__version__ = '2.14.1'
-version = SimpleNamespace(cuda=None, hip=None)
-cuda = SimpleNamespace(is_available=lambda: False)
-"""
+class TestPackages:
+    @pytest.mark.slow
+    def test_an_active_environment_keeps_its_versions(self, isolated, monkeypatch):
+        env, site_packages, links = isolated
+        env.own = False
+        rows = {'build': ['pip'], 'torch': ['torch'], 'runtime': ['numpy', 'user-of-numpy'], 'tests': []}
+        monkeypatch.setattr(setup_env.Environment, 'requirements', lambda self, name: rows[name])
+        for name in ('torch', 'numpy', 'opencv-python-headless'):
+            write_distribution(site_packages, name, name.replace('-', '_'), '')
+        write_wheel(links, 'numpy', '5.0', {})
+        write_wheel(links, 'user_of_numpy', '1.0', {}, requires='Requires-Dist: numpy\n')
+        write_wheel(links, 'user_of_numpy', '2.0', {}, requires='Requires-Dist: numpy>=5\n')
+        setup_env.install_packages(env)
+        versions = env.probe()['versions']
+        assert (versions['torch'], versions['numpy'], versions['user-of-numpy']) == ('4.0', '4.0', '1.0')
+
 
 FAKE_SETUP = """
 import os, subprocess
@@ -257,11 +254,12 @@ setup(name='mmcv', version='2.1.0', packages=['mmcv'])
 class TestMmcv:
     @pytest.fixture
     def sources(self, isolated):
-        """A fake torch, and a fake mmcv to build that needs the wrapper and the flags."""
-        _, site_packages, links = isolated
-        write_package(site_packages, 'torch', FAKE_TORCH)
-        write_package(site_packages / 'torch', 'utils', '')
-        (site_packages / 'torch' / 'utils' / 'cpp_extension.py').write_text('CUDA_HOME = None')
+        """A torch, the libraries without code, and a fake mmcv to build that needs the wrapper and the flags."""
+        env, site_packages, links = isolated
+        write_distribution(site_packages, 'torch', 'torch', '', version='2.14.1')
+        for name, version in (row.split('==') for row in env.requirements('openmmlab')):
+            if name != 'mmcv':
+                write_wheel(links, name, version, {})
         root = links.parent / 'mmcv-2.1.0'
         write_package(root, 'mmcv', '')
         (root / 'setup.py').write_text(FAKE_SETUP)
@@ -270,42 +268,38 @@ class TestMmcv:
         with tarfile.open(links / 'mmcv-2.1.0.tar.gz', 'w:gz') as archive:
             archive.add(root, arcname=root.name)
 
-    def write_wheel(self, links, ext):
-        info = 'mmcv-2.1.0.dist-info'
-        files = {
-            'mmcv/__init__.py': '',
-            'mmcv/_ext.py': ext,
-            f'{info}/METADATA': 'Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n',
-            f'{info}/WHEEL': 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n',
-        }
-        files[f'{info}/RECORD'] = ''.join(f'{name},,\n' for name in [*files, f'{info}/RECORD'])
-        with zipfile.ZipFile(links / 'mmcv-2.1.0-py3-none-any.whl', 'w') as wheel:
-            for name, text in files.items():
-                wheel.writestr(name, text)
-
     def test_a_wheel_that_loads_is_taken(self, isolated, sources, capsys):
         env, site_packages, links = isolated
-        self.write_wheel(links, 'prebuilt = True')
-        setup_env.install_mmcv(env)
+        write_wheel(links, 'mmcv', '2.1.0', {'mmcv/__init__.py': '', 'mmcv/_ext.py': 'prebuilt = True'})
+        setup_env.install_openmmlab(env)
         assert 'compiling' not in capsys.readouterr().out
         assert (site_packages / 'mmcv' / '_ext.py').read_text() == 'prebuilt = True'
+        assert 'mmsegmentation' in env.probe()['versions']
 
     @pytest.mark.slow
     def test_a_wheel_that_does_not_load_is_rebuilt_once(self, isolated, sources, capsys):
         env, site_packages, links = isolated
-        self.write_wheel(links, 'raise ImportError("undefined symbol: _ZN5torch")')
-        setup_env.install_mmcv(env)
+        broken = 'raise ImportError("undefined symbol: _ZN5torch")'
+        write_wheel(links, 'mmcv', '2.1.0', {'mmcv/__init__.py': '', 'mmcv/_ext.py': broken})
+        setup_env.install_openmmlab(env)
         said = capsys.readouterr().out
-        assert 'do not load with this torch: undefined symbol' in said
         assert said.count('compiling mmcv==2.1.0') == 1
+        assert 'its ops do not load: ImportError: undefined symbol' in said
         assert '-g0 -w' in (site_packages / 'mmcv' / '_ext.py').read_text()
-        setup_env.install_mmcv(env)
+        setup_env.install_openmmlab(env)
         assert 'compiling' not in capsys.readouterr().out
 
     @pytest.mark.slow
     def test_without_a_wheel_it_is_compiled(self, isolated, sources, capsys):
         env, site_packages, _ = isolated
-        setup_env.install_mmcv(env)
-        assert 'none that fits' in (said := capsys.readouterr().out)
-        assert said.count('compiling mmcv==2.1.0') == 1
+        setup_env.install_openmmlab(env)
+        assert 'do not load' not in capsys.readouterr().out
         assert '-g0 -w' in (site_packages / 'mmcv' / '_ext.py').read_text()
+
+    @pytest.mark.slow
+    def test_without_a_compiler_the_error_tells_what_is_needed(self, isolated, sources, monkeypatch):
+        env, _, _ = isolated
+        monkeypatch.setenv('CXX', 'no-such-compiler')
+        with pytest.raises(setup_env.SetupError, match=r'need a C\+\+ compiler \(apt install g'):
+            setup_env.install_openmmlab(env)
+        assert 'no-such-compiler: ' in (setup_env.LOGS / 'openmmlab.log').read_text()

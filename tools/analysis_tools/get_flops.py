@@ -15,6 +15,7 @@ from PIL import Image
 
 import mmspatialmamba  # noqa: F401
 from mmspatialmamba.engine.launch import LaunchError, find_script, load_config
+from mmspatialmamba.ops.flops import register_with_mmengine
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,6 +69,7 @@ def main() -> int:
     except LaunchError as error:
         print(f'get_flops.py: {error}', file=sys.stderr)
         return 2
+    register_with_mmengine()
     with tempfile.TemporaryDirectory() as folder:
         options = ['--shape', *map(str, args.shape)]
         if scope == 'mmdet':

@@ -1,82 +1,83 @@
 """Measures the peak memory of a config's model: of one prediction, or of training steps with its optimizer.
 
-The images are noise and the annotations made up; the model is a new one, as before its first training step, without
-pretrained weights.
+The images are noise and the annotations made up; the model has new weights. Each figure is of a process of its own.
+With --curve, predictions and training are measured at several sizes, a line is fitted to each, and all are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
+import measuring
+import numpy as np
 import torch
-from measuring import add_device, device_name, peak_memory, reset_peak_memory, return_freed_memory
+from measuring import MIB
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import PixelData
 from torch import nn
 
 import mmspatialmamba  # noqa: F401
-from mmspatialmamba.engine.launch import CONFIG_ERRORS, LaunchError, find_script, load_config
+from mmspatialmamba.engine.launch import LaunchError, find_script, load_config
 
 SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 512), 'mmpretrain': (224, 224)}
-WARM_UP_SHAPE = (256, 256)
-NUM_INSTANCES = 10
-NUM_STUFF = 5
-MIB = 2**20
+RISE = 'MiB above it, peak'
+SIZES = (512, 768, 1024, 1536, 2048, 3072, 4096)
+# Options of the backbone.
+SERIES = {
+    'inference': {},
+    'training': {},
+    'training, with_cp': dict(with_cp=True),
+    'training, frozen_stages=2': dict(frozen_stages=2),
+    'training, frozen_stages=2, with_cp': dict(frozen_stages=2, with_cp=True),
+}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='the config; its default_scope names the library')
     shapes = ', '.join(f'{scope} {height} {width}' for scope, (height, width) in SHAPES.items())
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help=f'size of the images; a size that the config pads training images to becomes this one; default: {shapes}',
-    )
-    parser.add_argument(
-        '--batch-size', type=int, help="images at a time; default: 1, with --training the config's on one device"
-    )
+    shape = f'size of the images, which the paddings of the config become, too; default: {shapes}'
+    parser.add_argument('--shape', type=positive, nargs=2, metavar=('H', 'W'), help=shape)
+    batch_size = "images at a time; default: 1, with --training the config's on one device"
+    parser.add_argument('--batch-size', type=positive, help=batch_size)
     parser.add_argument('--training', action='store_true', help='measure two training steps, not a prediction')
-    add_device(parser)
-    parser.add_argument('--out', type=Path, metavar='FILE', help='write the figures to this JSON file too')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='changes to the config'
-    )
-    args = parser.parse_args()
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda: this PyTorch finds no GPU; use --device cpu')
-    for name, values in (('--shape', args.shape), ('--batch-size', args.batch_size and [args.batch_size])):
-        if values and min(values) < 1:
-            parser.error(f'{name} must be positive, but is {" ".join(map(str, values))}')
-    return args
+    curve = 'measure a backbone of this package with all outputs, at batch size 1 and the sizes'
+    parser.add_argument('--curve', action='store_true', help=curve)
+    sizes = f'sides of the images for --curve; default: {" ".join(map(str, SIZES))}'
+    parser.add_argument('--sizes', type=positive, nargs='+', default=SIZES, metavar='SIDE', help=sizes)
+    limit = 'leave out sizes that need more memory, by what the one before took; default: %(default)s GiB'
+    parser.add_argument('--limit', type=float, default=8, metavar='GIB', help=limit)
+    measuring.add_device(parser)
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for figures and picture')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='changes')
+    return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace) -> tuple[Config, str]:
-    """Read the config, fill in what the arguments leave to it, and fit it to the image size.
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is no positive integer')
+    return int(text)
 
-    Args:
-        args (Namespace): The arguments; ``shape`` and ``batch_size`` are set.
 
-    Returns:
-        tuple[Config, str]: The config and its library.
+def prepare(args: Namespace) -> tuple[Config, str]:
+    """Read the config and fit it to the image size; set the arguments that it fills in, and return it and its library.
 
     Raises:
         LaunchError: If the config cannot be read or changed so, or is for no installed library.
     """
     cfg = load_config(args.config)
     try:
-        cfg.merge_from_dict(args.cfg_options or {})
-    except CONFIG_ERRORS as error:
+        cfg.merge_from_dict(args.cfg_options)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise LaunchError(f'--cfg-options do not fit config {args.config}: {error}') from error
     scope = cfg.get('default_scope')
     find_script(scope, 'train', args.config)
@@ -104,177 +105,160 @@ def build(cfg: Config, scope: str, device: str) -> nn.Module:
     return revert_sync_batchnorm(model).to(device)
 
 
-def build_optimizer(model: nn.Module, cfg: Config, device: str):
-    """Build the optimizer wrapper of the config, on the CPU that of plain float32 in place of mixed precision."""
-    wrapper = cfg.optim_wrapper.copy()
-    if device == 'cpu' and wrapper.get('type') == 'AmpOptimWrapper':
-        wrapper['type'] = 'OptimWrapper'
-        for key in ('loss_scale', 'dtype'):
-            wrapper.pop(key, None)
-    return build_optim_wrapper(model, wrapper)
+def make_batch(model: nn.Module, scope: str, channels: int, batch_size: int, shape: tuple[int, int]) -> dict:
+    """Make a batch as the library's data loader does: uint8 noise, and annotations that the model can train with."""
+    if scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
 
-
-def stuff_map(num_classes: int, shape: tuple[int, int], first: int = 0) -> PixelData:
-    """A map of up to five classes, in bands one above the other."""
-    height, width = shape
-    bands = first + torch.arange(height) * min(num_classes, NUM_STUFF) // height
-    return PixelData(data=bands[None, :, None].repeat(1, 1, width))
-
-
-def detection_sample(model: nn.Module, shape: tuple[int, int]):
-    """Ten instances, and what the preprocessor pads of masks and semantic map, which are what the model needs."""
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-
-    height, width = shape
-    # Sorted coordinates of two points: left and top, right and bottom.
-    boxes = (torch.rand(NUM_INSTANCES, 2, 2).sort(dim=1).values * torch.tensor([width, height])).flatten(1)
-    sample = DetDataSample(metainfo=dict(img_id=0, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0)))
-    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.zeros(NUM_INSTANCES, dtype=torch.long))
-    if model.data_preprocessor.pad_mask:
-        masks = torch.zeros(NUM_INSTANCES, height, width, dtype=torch.uint8)
-        for mask, (left, top, right, bottom) in zip(masks, boxes.long()):
-            mask[top : bottom + 1, left : right + 1] = 1
-        sample.gt_instances.masks = BitmapMasks(masks.numpy(), height, width)
-    if model.data_preprocessor.pad_seg:
+        options = dict(num_items=[10] * batch_size, num_classes=5)
+        options |= dict(with_mask=model.data_preprocessor.pad_mask, with_semantic=model.data_preprocessor.pad_seg)
+        batch = demo_mm_inputs(batch_size, (channels, *shape), **options)
         things = next((m.num_things_classes for m in model.modules() if hasattr(m, 'num_things_classes')), 0)
-        sample.gt_sem_seg = PixelData(sem_seg=stuff_map(NUM_STUFF, shape, things).data)
-    return sample
+        for sample in batch['data_samples']:
+            sample.gt_instances.labels.zero_()
+            if model.data_preprocessor.pad_seg:
+                sample.gt_sem_seg.sem_seg += things
+        return batch
+    images = [torch.randint(256, (channels, *shape), dtype=torch.uint8) for _ in range(batch_size)]
+    info = dict(img_shape=shape, ori_shape=shape, pad_shape=shape)
+    if scope == 'mmpretrain':
+        from mmpretrain.structures import DataSample
 
-
-def segmentation_sample(model: nn.Module, shape: tuple[int, int]):
+        return dict(inputs=images, data_samples=[DataSample(metainfo=info).set_gt_label(0) for _ in images])
     from mmseg.structures import SegDataSample
 
-    sample = SegDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape))
-    sample.gt_sem_seg = stuff_map(model.num_classes, shape)
-    return sample
+    classes = PixelData(data=torch.randint(min(model.num_classes, 5), (1, *shape)))
+    return dict(inputs=images, data_samples=[SegDataSample(metainfo=info, gt_sem_seg=classes) for _ in images])
 
 
-def classification_sample(model: nn.Module, shape: tuple[int, int]):
-    from mmpretrain.structures import DataSample
-
-    return DataSample(metainfo=dict(img_shape=shape, ori_shape=shape)).set_gt_label(0)
-
-
-SAMPLES = {'mmdet': detection_sample, 'mmseg': segmentation_sample, 'mmpretrain': classification_sample}
-
-
-def make_batch(model: nn.Module, scope: str, channels: int, batch_size: int, shape: tuple[int, int]) -> dict:
-    """A batch as the library's data loader gives it: noise, (channels, H, W), uint8, and an annotation for each image.
-
-    Args:
-        model (nn.Module): The model; its annotations are what it can be trained with.
-        scope (str): Its library.
-        channels (int): Number of image channels.
-        batch_size (int): Number of images.
-        shape (tuple[int, int]): H and W.
-
-    Returns:
-        dict: ``inputs`` and ``data_samples``, lists.
-    """
-    images = [torch.randint(256, (channels, *shape), dtype=torch.uint8) for _ in range(batch_size)]
-    return dict(inputs=images, data_samples=[SAMPLES[scope](model, shape) for _ in range(batch_size)])
-
-
-def measure(args: argparse.Namespace) -> dict:
-    """Build the model, run it, and take the peak memory.
+def measure(args: Namespace) -> dict:
+    """Build the model, run it, and return figures.
 
     A prediction of an image of 256x256 goes ahead, for what is loaded at first use. From the second training step on
     the optimizer's state is there too.
-
-    Args:
-        args (Namespace): The arguments.
-
-    Returns:
-        dict: The figures; memory in MiB.
-
-    Raises:
-        LaunchError: If the config cannot be read, or is for no installed library.
     """
+    MMLogger.get_instance('get_memory', log_level='ERROR')
     cfg, scope = prepare(args)
     model = build(cfg, scope, args.device).eval()
     channels = cfg.model.backbone.get('in_channels', 3)
     with torch.no_grad():
-        model.test_step(make_batch(model, scope, channels, 1, WARM_UP_SHAPE))
-    before = reset_peak_memory(args.device)
+        model.test_step(make_batch(model, scope, channels, 1, (256, 256)))
+    before = measuring.reset_peak_memory(args.device)
     batch = make_batch(model, scope, channels, args.batch_size, args.shape)
-    precision, optimizer = 'float32', None
-    if args.training:
-        model.train()
-        optimizer = build_optimizer(model, cfg, args.device)
-        if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
-            in_float32 = "float32, not the config's mixed precision, which needs a GPU"
-            precision = in_float32 if args.device == 'cpu' else 'mixed precision'
-    reset_peak_memory(args.device)
+    wrapper, precision = cfg.get('optim_wrapper'), 'float32'
+    if args.training and wrapper.get('type') == 'AmpOptimWrapper':
+        precision = 'mixed'
+        if args.device == 'cpu':
+            precision = "float32, not the config's mixed precision, which needs a GPU"
+            wrapper = {key: value for key, value in wrapper.items() if key not in ('type', 'loss_scale', 'dtype')}
+    optimizer = build_optim_wrapper(model.train(), wrapper) if args.training else None
+    measuring.reset_peak_memory(args.device)
     start = time.perf_counter()
-    if args.training:
-        for _ in range(2):
-            model.train_step(batch, optimizer)
-    else:
-        with torch.no_grad():
-            model.test_step(batch)
+    with torch.set_grad_enabled(args.training):
+        for _ in range(2 if args.training else 1):
+            model.train_step(batch, optimizer) if args.training else model.test_step(batch)
     if args.device == 'cuda':
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = peak_memory(args.device)
-    return dict(
-        config=args.config,
-        cfg_options=args.cfg_options,
-        task='training' if args.training else 'prediction',
-        batch_size=args.batch_size,
-        shape=args.shape,
-        channels=channels,
-        device=device_name(args.device),
-        precision=precision,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        seconds=seconds,
-        before_mib=before / MIB,
-        peak_mib=peak / MIB,
-        rise_mib=(peak - before) / MIB,
-    )
-
-
-def report(figures: dict) -> str:
-    """The figures in aligned lines."""
-    height, width = figures['shape']
-    what = 'two training steps' if figures['task'] == 'training' else 'one prediction'
-    total, trained = figures['parameters'] / 1e6, figures['trained_parameters'] / 1e6
-    rise, before = figures['rise_mib'], figures['before_mib']
-    lines = {
-        'config': figures['config'],
-        'measured': f'{what}, {figures["precision"]}, on {figures["device"]}',
-        'input': f'{figures["batch_size"]} x {figures["channels"]} x {height} x {width} (batch, channels, H, W)',
-        'parameters': f'{total:.3f} M, {trained:.3f} M of them trained',
-        'peak memory': f'{rise:.0f} MiB above the {before:.0f} MiB held once the model was built',
-        'time': f'{figures["seconds"]:.1f} s',
+    peak = measuring.peak_memory(args.device)
+    return {
+        'task': 'two training steps' if args.training else 'one prediction',
+        'precision': precision,
+        'device': measuring.device_name(args.device),
+        'batch, channels, H, W': [args.batch_size, channels, *args.shape],
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'trained parameters': sum(p.numel() for p in model.parameters() if p.requires_grad),
+        'MiB, built model': round(before / MIB, 1),
+        RISE: round((peak - before) / MIB, 1),
+        'seconds': round(time.perf_counter() - start, 1),
     }
-    width = max(map(len, lines))
-    return '\n'.join(f'{key + ":":<{width + 1}} {value}' for key, value in lines.items())
+
+
+def measure_series(args: Namespace, series: str) -> dict[int, float]:
+    """Measure the rise of memory, in MiB, at each size, up to the limit."""
+    rises, before = {}, None
+    options = {f'model.backbone.{key}': value for key, value in dict(SERIES[series], out_indices=(0, 1, 2, 3)).items()}
+    case = dict(batch_size=1, training=series != 'inference', cfg_options={**options, **args.cfg_options})
+    for size in sorted(set(args.sizes)):
+        gib = rises[before] / 1024 * (size / before) ** 2 if before else 0
+        if gib > args.limit:
+            print(f'{series}: not at {size}x{size}, which would take {gib:.0f} GiB; the limit is {args.limit:.0f}')
+            break
+        figures = measuring.in_fresh_process(measure, Namespace(**{**vars(args), **case, 'shape': (size, size)}))
+        rises[size], before = figures[RISE], size
+        print(f'{series}: {size}x{size}: {rises[size]:.0f} MiB, {figures["seconds"]:.1f} s', flush=True)
+    return rises
+
+
+def fit(rises: dict[int, float]) -> dict[str, float]:
+    """Fit how memory, in MiB by side, grows with pixels.
+
+    The result holds the ``exponent`` p of memory ~ pixels^p, fitted to logarithms, ``bytes_per_pixel`` and
+    ``constant_mib`` of the straight line with the least relative errors, and the ``largest_error`` of these.
+    """
+    pixels, mib = np.square(list(rises), dtype=float), np.array(list(rises.values()))
+    slope, constant = np.polyfit(pixels, mib, 1, w=1 / mib)
+    exponent, _ = np.polyfit(np.log(pixels), np.log(mib), 1)
+    error = np.abs((slope * pixels + constant) / mib - 1).max()
+    figures = dict(exponent=exponent, bytes_per_pixel=slope * MIB, constant_mib=constant, largest_error=error)
+    return {key: round(float(value), 4) for key, value in figures.items()}
+
+
+def draw(record: dict, path: Path) -> None:
+    """Draw the curves over the size, both logarithmic, and a line proportional to the pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout='constrained')
+    axis = figure.subplots()
+    for (series, rises), marker in zip(record['series'].items(), 'osD^v'):
+        slope = f': {record["fits"][series]["bytes_per_pixel"]:.0f} bytes a pixel' if series in record['fits'] else ''
+        axis.plot(rises.keys(), rises.values(), marker=marker, markersize=4, linewidth=1.2, label=series + slope)
+    rises = next(iter(record['series'].values()))
+    sides, first = np.array(list(rises)), next(iter(rises.values()))
+    axis.plot(sides, first / 2 * (sides / sides[0]) ** 2, color='grey', linestyle='--', label='proportional to pixels')
+    axis.set(xscale='log', yscale='log', xlabel='image, pixels', ylabel='peak memory above the model')
+    axis.set_title(f'{record["config"]}, batch size 1, float32, {record["machine"]["device"]}', fontsize=9)
+    axis.minorticks_off()
+    axis.set_xticks(sides, [f'{side}²' for side in sides])
+    axis.yaxis.set_major_formatter('{x:.0f} MiB')
+    axis.grid(linewidth=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    print(f'picture: {path}')
+
+
+def curve(args: Namespace) -> dict:
+    """Measure all series, fit and print them."""
+    series = {name: measure_series(args, name) for name in SERIES}
+    rows = [['image', *(f'{name}, MiB' for name in series)]]
+    for size in sorted(set().union(*series.values())):
+        rows.append([f'{size}x{size}', *(f'{rises[size]:.0f}' if size in rises else '' for rises in series.values())])
+    print(measuring.table(rows))
+    fits = {name: fit(rises) for name, rises in series.items() if len(rises) > 1 and min(rises.values()) > 0}
+    for name in series:
+        print(f'{name}: {fits.get(name, "no line fits: use more or larger sizes")}')
+    return dict(config=Path(args.config).stem, series=series, fits=fits)
 
 
 def main() -> int:
     args = parse_args()
-    return_freed_memory()
-    MMLogger.get_instance('get_memory', log_level='WARNING')
     try:
-        figures = measure(args)
+        figures = curve(args) if args.curve else measuring.in_fresh_process(measure, args)
     except LaunchError as error:
         print(f'get_memory.py: {error}', file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        if not re.search("can't allocate memory|out of memory|terminated abruptly", str(error)):
             raise
-        height, width = args.shape
-        print(
-            f'get_memory.py: {args.batch_size} x {height} x {width} needs more memory than there is: use a smaller '
-            f'--shape or --batch-size ({str(error).splitlines()[0]})',
-            file=sys.stderr,
-        )
+        reason = str(error).splitlines()[0]
+        print(f'get_memory.py: there is too little memory: use smaller images or batches ({reason})', file=sys.stderr)
         return 1
-    print(report(figures))
+    if not args.curve:
+        print(measuring.table([['figure', 'value'], *([key, str(value)] for key, value in figures.items())]))
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=1) + '\n')
+        record = dict(figures, machine=measuring.machine(args))
+        path = measuring.write(args.out, 'memory', record)
+        if args.curve:
+            draw(record, path.with_suffix('.png'))
     return 0
 
 

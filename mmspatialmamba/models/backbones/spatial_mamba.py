@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmspatialmamba.registry import SCOPE, register_model
 
-from ..layers import Downsample, SpatialMambaBlock, Stem, inference
+from ..layers import Downsample, SpatialMambaBlock, Stem
 from ..utils import from_upstream, is_upstream
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -108,13 +109,20 @@ class SpatialMamba(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
-        self.stem = Stem(in_channels, embed_dims, norm_cfg, with_cp)
+        # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.
+        from mmcv.cnn import build_norm_layer
+        from mmcv.cnn.bricks import DropPath
+
+        def norm(channels):
+            return build_norm_layer(norm_cfg, channels)[1]
+
+        self.stem = Stem(in_channels, embed_dims, norm, with_cp)
         rates = iter(np.linspace(0, drop_path_rate, sum(self.depths)).tolist())
         self.stages = nn.ModuleList(
-            nn.Sequential(*(SpatialMambaBlock(channels, next(rates), with_cp) for _ in range(depth)))
+            nn.Sequential(*(SpatialMambaBlock(channels, partial(DropPath, next(rates)), with_cp) for _ in range(depth)))
             for channels, depth in zip(self.out_channels, self.depths)
         )
-        self.downsamples = nn.ModuleList(Downsample(channels, norm_cfg, with_cp) for channels in self.out_channels[:-1])
+        self.downsamples = nn.ModuleList(Downsample(channels, norm, with_cp) for channels in self.out_channels[:-1])
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
 
@@ -244,21 +252,6 @@ class SpatialMamba(BaseModule):
 
         return lambda: load
 
-    def is_plain(self, dtype: torch.dtype) -> bool:
-        """Whether all layers are as they were built, with parameters of a dtype."""
-        containers = self.stages, *self.stages, self.downsamples
-        layers = (
-            (self.stem, Stem),
-            *((layer, Downsample) for layer in self.downsamples),
-            *((layer, SpatialMambaBlock) for stage in self.stages for layer in stage),
-        )
-        norms = (getattr(self, f'norm{i}') for i in self.out_indices)
-        return (
-            all(inference.is_untouched(container, (nn.ModuleList, nn.Sequential)) for container in containers)
-            and all(type(layer) is own_type and layer.is_plain(dtype) for layer, own_type in layers)
-            and all(inference.is_plain(norm, inference.BUILT_LAYER_NORM, dtype) for norm in norms)
-        )
-
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
 
@@ -269,10 +262,7 @@ class SpatialMamba(BaseModule):
             tuple[Tensor]: One contiguous (batch, embed_dims * 2^i, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) map for each
             stage i, counted from 0.
         """
-        x = x.contiguous(memory_format=torch.channels_last)
-        if inference.can_fuse(self, x):
-            return inference.backbone(self, x)
-        x = self.stem(x)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i > 0:
@@ -280,7 +270,5 @@ class SpatialMamba(BaseModule):
             x = self.stages[i](x)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
-                outs.append(
-                    norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-                )
+                outs.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
         return tuple(outs)

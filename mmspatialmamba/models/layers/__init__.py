@@ -1,5 +1,6 @@
 from .block import SpatialMambaBlock
-from .conv import Downsample, Stem
+from .downsample import Downsample
 from .mixer import StructureAwareSSM
+from .stem import Stem
 
 __all__ = ['Downsample', 'SpatialMambaBlock', 'Stem', 'StructureAwareSSM']

@@ -1,21 +1,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, linear, structure_aware_scan
-from mmspatialmamba.ops.backend import fuses_elementwise, has_products
-
-from .inference import is_untouched
-from .precision import Linear
-from .recompute import Recomputed, feed
+from .fused import depthwise_conv_silu, gated_layer_norm_linear, layer_norm_linear, linear_scan
 
 
 class StructureAwareSSM(nn.Module):
-    """Structure-aware state-space mixer (Spatial-Mamba, section 3.3), state size 1.
+    """Pre-norm structure-aware state-space mixer of state size 1 (Spatial-Mamba, section 3.3 and figure 3).
 
     Args:
         channels (int): Number of input and output channels; the inner width is twice that.
@@ -25,17 +19,18 @@ class StructureAwareSSM(nn.Module):
         super().__init__()
         inner = channels * 2
         self.dt_rank = math.ceil(channels / 16)
-        self.in_proj = Linear(channels, inner * 2, bias=False)
+        self.ln = nn.LayerNorm(channels)
+        self.in_proj = nn.Linear(channels, inner * 2, bias=False)
         self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
-        self.x_proj = Linear(inner, self.dt_rank + 2, bias=False)
-        self.dt_proj = Linear(self.dt_rank, inner, bias=False)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.zeros(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.fusion_kernels = nn.ParameterList(torch.ones(inner, 1, 3, 3) for _ in range(3))
         self.fusion_alpha = nn.Parameter(torch.ones(3))
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = Linear(inner, channels, bias=False)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
         self._reset_parameters()
 
     @torch.no_grad()
@@ -46,38 +41,13 @@ class StructureAwareSSM(nn.Module):
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().clamp_(min=1e-4)
         dt.add_(torch.log(-torch.expm1(-dt)))
 
-    def scan(self, u: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-        """Structure-aware scan of (batch, inner, height, width) with (batch, height, width, inner or 1) of the others.
-
-        The output is (batch, height, width, inner).
-        """
-        return structure_aware_scan(
-            u,
-            delta.permute(0, 3, 1, 2),
-            -torch.exp(self.A_log.float()),
-            B.permute(0, 3, 1, 2),
-            C.permute(0, 3, 1, 2),
-            self.D,
-            tuple(self.fusion_kernels),
-            self.fusion_alpha,
-            self.dt_bias,
-        ).permute(0, 2, 3, 1)
-
-    def _project(self, x: Recomputed) -> tuple[torch.Tensor, torch.Tensor]:
-        """The halves of ``in_proj``, of their own where that saves their gradients from being joined."""
-        if is_untouched(self.in_proj, (Linear,)) and has_products(x.tensor, self.in_proj.weight):
-            return feed(lambda x: tuple(linear(x, half) for half in self.in_proj.weight.chunk(2)), x)
-        return feed(self.in_proj, x).chunk(2, dim=-1)
-
-    def forward(self, x: torch.Tensor, norm: Callable) -> torch.Tensor:
-        """Mix the pixels of ``norm(x)``, (batch, height, width, channels); the output has its shape."""
-        x, z = self._project(Recomputed(norm, x))
-        weight, bias = self.conv.weight, self.conv.bias
-        fused = fuses_elementwise(x, weight, bias)
-        u = Recomputed(depthwise_conv, x.permute(0, 3, 1, 2), weight, bias, 'silu', cheap=fused)
-        projected = feed(lambda u: self.x_proj(u.permute(0, 2, 3, 1)), u)
-        dt, B, C = projected.split([self.dt_rank, 1, 1], dim=-1)
-
-        y = feed(lambda u, delta: self.scan(u, delta, B, C), u, Recomputed(self.dt_proj, dt))
-        norm = self.out_norm
-        return feed(self.out_proj, Recomputed(gated_layer_norm, y, z, norm.weight, norm.bias, norm.eps))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix the pixels of (batch, height, width, channels); the output has its shape."""
+        x, z = layer_norm_linear(self.ln, self.in_proj, x).chunk(2, dim=-1)
+        u = depthwise_conv_silu(self.conv, x.permute(0, 3, 1, 2))
+        dt, B, C = self.x_proj(u.permute(0, 2, 3, 1)).split([self.dt_rank, 1, 1], dim=-1)
+        B, C = B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
+        A = -torch.exp(self.A_log.float())
+        kernels = tuple(self.fusion_kernels)
+        y = linear_scan(self.dt_proj, u, dt, A, B, C, self.D, kernels, self.fusion_alpha, self.dt_bias)
+        return gated_layer_norm_linear(self.out_norm, self.out_proj, y.permute(0, 2, 3, 1), z)

@@ -14,8 +14,8 @@ _PAIRS = (
     ('^layers.{n}.blocks.', '^stages.{n}.'),
     ('^layers.{n}.downsample.conv.', '^downsamples.{n}.'),
     ('^outnorm{n}.', '^norm{n}.'),
-    ('.ln_1.', '.ln1.'),
-    ('.ln_2.', '.ln2.'),
+    ('.ln_1.', '.mixer.ln.'),
+    ('.ln_2.', '.mlp.ln.'),
     ('.self_attention.', '.mixer.'),
     ('.mixer.conv2d.', '.mixer.conv.'),
     ('.mixer.x_proj_weight$', '.mixer.x_proj.weight$'),
@@ -35,7 +35,9 @@ def _rename(source: str, target: str) -> tuple[re.Pattern, str]:
     return re.compile(source.replace('.', r'\.').replace('{n}', r'(\d+)')), target.strip('^$').replace('{n}', r'\1')
 
 
-_RENAMES = tuple(_rename(theirs, ours) for theirs, ours in _PAIRS)
+# Names of this package's version 0.1.
+_EARLIER = (('.ln1.', '.mixer.ln.'), ('.ln2.', '.mlp.ln.'))
+_RENAMES = tuple(_rename(theirs, ours) for theirs, ours in (*_PAIRS, *_EARLIER))
 _RENAMES_BACK = tuple(_rename(ours, theirs) for theirs, ours in reversed(_PAIRS))
 
 
@@ -45,15 +47,15 @@ def is_upstream(names: Iterable[str]) -> bool:
 
 
 def from_upstream(name: str, last_stage: int | None = None) -> str:
-    """Our name of an upstream backbone parameter or buffer.
+    """Translate an upstream backbone parameter's or buffer's name to ours.
 
     Args:
-        name (str): Name relative to the backbone, as in the original release.
+        name (str): Name relative to the backbone, as in the original release or an earlier version of this package.
         last_stage (int, optional): Index of the stage whose output norm the classifier's ``norm`` is. Defaults to None,
             which leaves ``norm`` as it is.
 
     Returns:
-        str: Name relative to our backbone; a name that upstream's backbone doesn't have is returned as it is.
+        str: Name relative to our backbone; a name that neither has is returned as it is.
     """
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)

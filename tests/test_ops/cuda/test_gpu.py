@@ -5,7 +5,7 @@ import torch
 from test_ops.truth import dilated_convolutions, relative_error
 
 from mmspatialmamba.ops import selective_scan, state_fusion, structure_aware_scan, use_backend
-from mmspatialmamba.ops.backend import why_unusable
+from mmspatialmamba.ops.dispatch import why_unusable
 
 pytestmark = [
     pytest.mark.gpu,

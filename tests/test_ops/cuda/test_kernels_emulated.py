@@ -15,7 +15,7 @@ import torch
 from test_ops.truth import dilated_convolutions, relative_error, sequential_scan
 
 EMULATOR = Path(__file__).parent / 'emulator'
-KERNELS = Path(__file__).parents[3] / 'csrc' / 'cuda'
+SOURCES = Path(__file__).parents[3] / 'csrc'
 HEADERS = ('cuda_runtime.h', 'cuda_runtime_api.h', 'cuda_fp16.h', 'cuda_bf16.h', 'cuda_pipeline.h')
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IDS = ['float32', 'float16', 'bfloat16']
@@ -27,7 +27,8 @@ BOUNDS = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 class Map(Structure):
-    _fields_ = [('data', c_void_p), *((name, c_int64) for name in ('batch', 'channel', 'row', 'column'))]
+    _fields_ = [('data', c_void_p), ('dtype', c_int32)]
+    _fields_ += [(name, c_int64) for name in ('batch', 'channel', 'row', 'column')]
 
 
 class Plan(Structure):
@@ -39,8 +40,8 @@ class Size(Structure):
 
 
 class ScanInputs(Structure):
-    _fields_ = [('size', Size), ('dtype', c_int32), ('softplus', c_int32), ('u', Map), ('delta', Map)]
-    _fields_ += [(name, c_void_p) for name in ('A', 'B', 'C', 'D', 'taps', 'bias')]
+    _fields_ = [(name, c_void_p) for name in ('A', 'B', 'C', 'D', 'bias')]
+    _fields_ += [('size', Size), ('softplus', c_int32), ('u', Map), ('delta', Map), ('taps', c_void_p)]
 
 
 class ScanGradients(Structure):
@@ -72,9 +73,9 @@ def build(folder: Path) -> Path:
         '-Werror',
         '-Wno-unknown-pragmas',
     ]
-    command += [f'-I{path}' for path in (folder, EMULATOR, KERNELS)] + ['-x', 'c++', '-c']
-    sources = [*sorted(KERNELS.glob('*.cu')), EMULATOR / 'bindings.cpp']
-    objects = [folder / f'{source.stem}.o' for source in sources]
+    command += [f'-I{path}' for path in (folder, EMULATOR, SOURCES)] + ['-x', 'c++', '-c']
+    sources = [*sorted(SOURCES.glob('*/cuda.cu')), EMULATOR / 'bindings.cpp']
+    objects = [folder / f'{source.parent.name}.o' for source in sources]
 
     def compile_one(source, target):
         return subprocess.run([*command, source, '-o', target], capture_output=True, text=True)
@@ -91,7 +92,7 @@ def build(folder: Path) -> Path:
 def kernels():
     if shutil.which('g++') is None:
         pytest.skip('needs g++, to compile the CUDA kernels for the CPU')
-    sources = sorted([*KERNELS.glob('*.cu'), *KERNELS.glob('*.cuh'), *KERNELS.glob('*.h'), *EMULATOR.iterdir()])
+    sources = sorted([*SOURCES.glob('*/*.cu*'), *SOURCES.glob('*/*.h'), *EMULATOR.iterdir()])
     digest = hashlib.sha256(b''.join(path.read_bytes() for path in [Path(__file__), *sources])).hexdigest()[:16]
     cached = Path(tempfile.gettempdir()) / f'mmspatialmamba-emulated-kernels-{digest}'
     if not cached.exists():
@@ -116,7 +117,7 @@ def address(tensor):
 
 
 def as_map(tensor):
-    return Map(tensor.data_ptr(), *tensor.stride())
+    return Map(tensor.data_ptr(), DTYPES.index(tensor.dtype), *tensor.stride())
 
 
 def nan(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
@@ -169,21 +170,20 @@ def run_scan(library, u, delta, grad, parameters, bias, softplus, multiprocessor
     batch, dim, height, width = u.shape
     size = Size(batch, dim, height, width)
     plan = make_plan(library, size, multiprocessors, max_tile)
-    tensors = [address(parameters[name]) for name in ('A', 'B', 'C', 'D', 'taps')]
-    inputs = ScanInputs(size, DTYPES.index(u.dtype), softplus, as_map(u), as_map(delta), *tensors, address(bias))
+    small = [address(parameters[name]) for name in 'ABCD']
+    maps = as_map(u), as_map(delta)
+    inputs = ScanInputs(*small, address(bias), size, softplus, *maps, address(parameters['taps']))
     y, grad_u, grad_delta = nan_like(u), nan_like(u), nan_like(delta)
     workspace = nan(library.emulated_scan_workspace(byref(size), byref(plan)))
-    error = library.emulated_structure_aware_scan(byref(inputs), byref(plan), byref(as_map(y)), pointer(workspace))
-    assert error == 0
+    library.emulated_structure_aware_scan(byref(inputs), byref(plan), byref(as_map(y)), pointer(workspace))
     groups = padded(dim) // 8
     grad_B, grad_C = (nan(groups, batch, height * width) for _ in range(2))
     sums = nan(library.emulated_plan_blocks(byref(size), byref(plan)), 28, padded(dim))
     out = ScanGradients(as_map(grad_u), as_map(grad_delta), address(grad_B), address(grad_C), address(sums))
     workspace = nan(library.emulated_scan_backward_workspace(byref(size), byref(plan)))
-    error = library.emulated_structure_aware_scan_backward(
+    library.emulated_structure_aware_scan_backward(
         byref(inputs), byref(plan), byref(as_map(grad)), byref(out), pointer(workspace)
     )
-    assert error == 0
     sums = sums.sum(0)[:, :dim]
     gradients = {'u': grad_u, 'delta': grad_delta, 'B': grad_B.sum(0), 'C': grad_C.sum(0)}
     return y, gradients | {'taps': sums[:25], 'A': sums[25], 'D': sums[26], 'bias': sums[27]}, plan
@@ -302,18 +302,9 @@ def test_state_fusion(kernels, height, width, max_tile, memory_format):
     plan = make_plan(kernels, size, 1000, max_tile)
     out, grad_h = nan_like(h), nan_like(h)
     sums = nan(kernels.emulated_plan_blocks(byref(size), byref(plan)), 28, padded(11))
-    assert (
-        kernels.emulated_state_fusion(byref(size), byref(plan), byref(as_map(h)), pointer(taps), byref(as_map(out)))
-        == 0
-    )
-    assert (
-        kernels.emulated_state_fusion_backward(
-            *(byref(x) for x in (size, plan, as_map(grad), as_map(h))),
-            pointer(taps),
-            byref(as_map(grad_h)),
-            pointer(sums),
-        )
-        == 0
+    kernels.emulated_state_fusion(byref(size), byref(plan), byref(as_map(h)), pointer(taps), byref(as_map(out)))
+    kernels.emulated_state_fusion_backward(
+        *(byref(x) for x in (size, plan, as_map(grad), as_map(h))), pointer(taps), byref(as_map(grad_h)), pointer(sums)
     )
     leaves = [t.double().requires_grad_() for t in (h, taps)]
     true = fuse(*leaves)
@@ -341,16 +332,11 @@ def test_selective_scan(kernels, state, length, chunks, dtype, softplus):
         *(batch, dim, state, chunks, length, DTYPES.index(dtype), softplus), *map(address, (u, delta, A, B, bias))
     )
     workspace = nan(kernels.emulated_selective_workspace(byref(inputs)))
-    assert kernels.emulated_selective_scan(byref(inputs), pointer(h), pointer(workspace)) == 0
+    kernels.emulated_selective_scan(byref(inputs), pointer(h), pointer(workspace))
     grads = [nan_like(u), nan_like(delta), nan_like(B), nan(batch * chunks, dim, state + 1)]
     workspace = nan(kernels.emulated_selective_backward_workspace(byref(inputs)))
     out = SelectiveGradients(*map(address, grads))
-    assert (
-        kernels.emulated_selective_scan_backward(
-            byref(inputs), pointer(grad), pointer(h), byref(out), pointer(workspace)
-        )
-        == 0
-    )
+    kernels.emulated_selective_scan_backward(byref(inputs), pointer(grad), pointer(h), byref(out), pointer(workspace))
     leaves = [t.double().requires_grad_() for t in (u, delta, A, B, bias) if t is not None]
     true = sequential_scan(*leaves, delta_softplus=softplus)
     true.backward(grad.double())

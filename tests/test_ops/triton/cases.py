@@ -1,6 +1,8 @@
 """Inputs and float64 truths for the functions of the Triton backend."""
 
 import os
+from importlib import import_module
+from types import SimpleNamespace
 
 import torch
 from test_ops.truth import dilated_convolutions, relative_error, sequential_scan
@@ -14,6 +16,15 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # result: half a unit of its last place, or a whole one for bfloat16 in the interpreter, which cuts it off.
 FLOAT32_BOUND = 5e-6
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
+
+
+def triton_ops():
+    """The functions that launch the kernels, forward and backward, by name."""
+    names = ('selective_scan', 'state_fusion', 'structure_aware_scan')
+    modules = {name: import_module(f'mmspatialmamba.ops.{name}.triton') for name in names}
+    functions = {name: getattr(module, name) for name, module in modules.items()}
+    backward = {f'{name}_backward': getattr(module, f'{name}_backward') for name, module in modules.items()}
+    return SimpleNamespace(**functions, **backward)
 
 
 def make(shapes, dtype=torch.float32, memory_format=torch.contiguous_format, device='cpu'):

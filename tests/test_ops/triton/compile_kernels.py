@@ -7,11 +7,10 @@ import tempfile
 
 import torch
 import triton
+from test_ops.triton.cases import triton_ops
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from mmspatialmamba.ops import triton as ops
 
 
 class NoDevice:
@@ -43,6 +42,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 def main(memory_format, dtype):
     JITFunction.run = compile_only
     driver.set_active(NoDevice())
+    ops = triton_ops()
     dim, size = 64, (33, 30)
     u, b = (torch.zeros(1, n, *size, dtype=dtype).contiguous(memory_format=memory_format) for n in (dim, 1))
     kernels = [torch.zeros(dim, 1, 3, 3)] * 3

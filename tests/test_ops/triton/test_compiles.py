@@ -19,7 +19,8 @@ KERNELS = {
 def test_every_kernel_compiles_and_stays_in_registers(memory_format, dtype, tmp_path, pytestconfig):
     pytest.importorskip('triton')
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    environment |= {'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(pytestconfig.rootpath)}
+    folders = (pytestconfig.rootpath, pytestconfig.rootpath / 'tests')
+    environment |= {'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': os.pathsep.join(map(str, folders))}
     command = [sys.executable, Path(__file__).with_name('compile_kernels.py'), memory_format, dtype]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -11,6 +11,7 @@ from test_ops.triton.cases import (
     fusion_truth,
     scan_inputs,
     scan_truth,
+    triton_ops,
 )
 from test_ops.truth import relative_error
 
@@ -18,7 +19,7 @@ HAS_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason='needs a CUDA GPU')]
 
 if HAS_GPU:
-    from mmspatialmamba.ops import triton as ops
+    ops = triton_ops()
 
 FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)

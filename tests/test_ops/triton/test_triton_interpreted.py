@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from test_ops.test_derivatives import make, second
 from test_ops.triton.cases import (
     INTERPRETED,
     check_against_truth,
@@ -13,10 +14,14 @@ from test_ops.triton.cases import (
     fusion_truth,
     scan_inputs,
     scan_truth,
+    triton_ops,
 )
+from test_ops.truth import relative_error
+
+from mmspatialmamba.ops import use_backend
 
 if INTERPRETED:
-    from mmspatialmamba.ops import triton as ops
+    ops = triton_ops()
 
 pytestmark = [pytest.mark.slow, pytest.mark.interpreted, pytest.mark.usefixtures('poisoned_memory')]
 
@@ -80,7 +85,7 @@ def test_dtypes_may_differ():
 
 
 def test_64_bit_offsets(monkeypatch):
-    monkeypatch.setattr('mmspatialmamba.ops.triton.common.INT32_OFFSETS', 0)
+    monkeypatch.setattr('mmspatialmamba.ops.triton_tiles.INT32_OFFSETS', 0)
     check_fused(fused_inputs(2, 3, 4, 5))
 
 
@@ -108,8 +113,8 @@ def test_selective_scan(state, layout):
 @pytest.mark.parametrize('programs', [1, 3], ids=['one chunk', 'chunks of two tiles'])
 @pytest.mark.parametrize('layout', ['pixels last', 'channels last'])
 def test_chunks_of_several_tiles(layout, programs, monkeypatch):
-    # The package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules['mmspatialmamba.ops.triton.selective_scan'], '_PROGRAMS', programs)
+    # The attribute of ops of that name is the function.
+    monkeypatch.setattr(sys.modules['mmspatialmamba.ops.selective_scan.triton'], '_PROGRAMS', programs)
     inputs = scan_inputs(1, 2, 1, 150) if layout == 'channels last' else scan_inputs(1, 1, 2, 600)
     if layout == 'channels last':
         inputs |= {name: inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ('u', 'delta')}
@@ -180,3 +185,14 @@ def test_nan_stays_in_its_channel(memory_format):
         if i in (0, 1, 2):
             assert torch.equal(value[:, others], expected[:, others])
     assert outputs[0][0][0, 2].isnan().any()
+
+
+@pytest.mark.parametrize('op', ['selective_scan', 'state_fusion', 'structure_aware_scan'])
+def test_second_derivatives(op):
+    with use_backend('torch'):
+        expected, _ = second(*make(op, torch.float64))
+    with use_backend('triton'):
+        found = second(*make(op, torch.float32))
+    for products in found:
+        for value, truth in zip(products, expected):
+            assert relative_error(value, truth) < 1e-4

@@ -1,4 +1,4 @@
-// As much of CUDA as the kernels of csrc/cuda use, on the CPU, for tests. A block's threads are fibers that take turns at
+// As much of CUDA as the kernels in csrc use, on the CPU, for tests. A block's threads are fibers that take turns at
 // barriers and shuffles, in an order that changes from turn to turn, so that a missing barrier shows; shared memory
 // starts as NaN, is exactly as large as asked for and has its end watched; asynchronous copies happen as late as they may.
 #pragma once
@@ -29,7 +29,6 @@
 using std::max;
 using std::min;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 
 struct Index {
@@ -200,9 +199,8 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
 namespace mmspatialmamba::cuda {
 
 template <class Kernel, class Argument>
-cudaError_t launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
-                   const Argument& argument) {
-  if (threads % 32 || threads > 1024 || shared_bytes > emulator::kSharedLimit) return cudaErrorInvalidConfiguration;
+void launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, cudaStream_t, const Argument& argument) {
+  if (threads % 32 || threads > 1024 || shared_bytes > emulator::kSharedLimit) emulator::fail("no such launch");
   std::vector<unsigned char> memory(shared_bytes + emulator::kGuard + 16);
   emulator::shared_memory = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
   const unsigned char* guard = emulator::shared_memory + shared_bytes;
@@ -216,7 +214,6 @@ cudaError_t launch(Kernel kernel, int64_t blocks, int threads, size_t shared_byt
       if (guard[i] != 0xff) emulator::fail("a write beyond the end of shared memory");
     }
   }
-  return cudaSuccess;
 }
 
 }  // namespace mmspatialmamba::cuda

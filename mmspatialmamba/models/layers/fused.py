@@ -1,0 +1,260 @@
+"""Fusions across modules: the same mathematics in fewer passes over memory, or with fewer tensors kept for backward.
+
+Each function takes modules and computes what calling them in turn computes. It does so in a fused way only where all of
+them are plain (:func:`_are_plain`), and calls them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan, structure_aware_scan_backward
+
+_FORWARDS: dict[type, Callable] = {cls: cls.forward for cls in (nn.Conv2d, nn.LayerNorm, nn.Linear)}
+_NAMES = {'weight', 'bias'}
+_TENSORS = (nn.Parameter, torch.Tensor)
+_WINDOW = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
+
+
+def _are_plain(*modules: nn.Module) -> bool:
+    """Check that nobody could tell a fused computation from calls of the modules.
+
+    All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
+    their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
+    hooks. Compilers, tracers and functorch transforms get the modules: they fuse and recompute on their own.
+
+    The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1
+    to 2.14).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or nn.modules.module._has_any_global_hook()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for module in modules:
+        own = module.__dict__
+        if (
+            _FORWARDS.get(type(module)) is not type(module).forward
+            or 'forward' in own
+            or own['_forward_hooks']
+            or own['_forward_pre_hooks']
+            or own['_backward_hooks']
+            or own['_backward_pre_hooks']
+            or own['_parameters'].keys() != _NAMES
+        ):
+            return False
+        for parameter in own['_parameters'].values():
+            # A linear layer may have no bias.
+            if type(parameter) not in _TENSORS and (parameter is not None or type(module) is not nn.Linear):
+                return False
+        if type(module) is nn.Conv2d:
+            per_group = module.in_channels // module.groups, module.out_channels // module.groups
+            window = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
+            if per_group != (1, 1) or window != _WINDOW:
+                return False
+    return True
+
+
+def depthwise_conv_silu(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a depthwise convolution, then SiLU.
+
+    Args:
+        conv (nn.Conv2d): Depthwise 3x3 convolution, or what stands in its place.
+        x (Tensor): Input, (batch, channels, height, width), any floating dtype.
+
+    Returns:
+        Tensor: ``silu(conv(x))``.
+    """
+    if _are_plain(conv):
+        return depthwise_conv(x, conv.weight, conv.bias, 'silu')  # type: ignore[arg-type]
+    return F.silu(conv(x))
+
+
+def depthwise_conv_residual(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a depthwise convolution, and add its input.
+
+    Args:
+        conv (nn.Conv2d): Depthwise 3x3 convolution, or what stands in its place.
+        x (Tensor): Input, (batch, channels, height, width), any floating dtype.
+
+    Returns:
+        Tensor: ``x + conv(x)``.
+    """
+    if _are_plain(conv):
+        return depthwise_conv(x, conv.weight, conv.bias, 'residual')  # type: ignore[arg-type]
+    return x + conv(x)
+
+
+def layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Apply LayerNorm, then a linear layer; the normalised tensor is recomputed in backward instead of kept.
+
+    Args:
+        norm (nn.LayerNorm): LayerNorm over the last dimension, or what stands in its place.
+        linear (nn.Linear): Linear layer, or what stands in its place.
+        x (Tensor): Input, (..., channels), any floating dtype.
+
+    Returns:
+        Tensor: ``linear(norm(x))``.
+    """
+    if torch.is_grad_enabled() and _are_plain(norm, linear):
+        normalise = partial(_layer_norm, norm.eps)
+        return _RecomputedLinear.apply(normalise, linear.weight, linear.bias, x, norm.weight, norm.bias)
+    return linear(norm(x))
+
+
+def gelu_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Apply GELU, then a linear layer; GELU's output is recomputed in backward instead of kept.
+
+    Args:
+        linear (nn.Linear): Linear layer, or what stands in its place.
+        x (Tensor): Input, (..., channels), any floating dtype.
+
+    Returns:
+        Tensor: ``linear(gelu(x))``.
+    """
+    if torch.is_grad_enabled() and _are_plain(linear):
+        return _RecomputedLinear.apply(F.gelu, linear.weight, linear.bias, x)
+    return linear(F.gelu(x))
+
+
+def gated_layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Apply LayerNorm, a SiLU gate and a linear layer; the gated tensor is recomputed in backward instead of kept.
+
+    Args:
+        norm (nn.LayerNorm): LayerNorm over the last dimension, or what stands in its place.
+        linear (nn.Linear): Linear layer, or what stands in its place.
+        x (Tensor): Input, (..., channels), any floating dtype.
+        gate (Tensor): Gate before SiLU, of the shape of ``x``.
+
+    Returns:
+        Tensor: ``linear(norm(x) * silu(gate))``.
+    """
+    gated = partial(gated_layer_norm, eps=norm.eps)
+    if torch.is_grad_enabled() and _are_plain(norm, linear):
+        return _RecomputedLinear.apply(gated, linear.weight, linear.bias, x, gate, norm.weight, norm.bias)
+    if _are_plain(norm):
+        return linear(gated(x, gate, norm.weight, norm.bias))
+    return linear(norm(x) * F.silu(gate))
+
+
+def linear_scan(
+    dt_proj: nn.Linear,
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    kernels: Sequence[torch.Tensor],
+    alpha: torch.Tensor,
+    dt_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Project the time steps, then scan; the projected time steps are recomputed in backward instead of kept.
+
+    Args:
+        dt_proj (nn.Linear): Linear layer without bias from ``rank`` to ``dim``, or what stands in its place.
+        u (Tensor): Input of the scan, (batch, dim, height, width), any floating dtype.
+        dt (Tensor): Time steps before the projection, (batch, height, width, rank).
+        A, B, C, D, kernels, alpha, dt_bias: As in :func:`mmspatialmamba.ops.structure_aware_scan`.
+
+    Returns:
+        Tensor: The scan's output, of the shape and dtype of ``u``.
+    """
+    if torch.is_grad_enabled() and _are_plain(dt_proj) and dt_proj.bias is None:
+        return _RecomputedScan.apply(dt_proj.weight, dt, u, A, B, C, D, *kernels, alpha, dt_bias)
+    return structure_aware_scan(u, dt_proj(dt).permute(0, 3, 1, 2), A, B, C, D, kernels, alpha, dt_bias)
+
+
+def _layer_norm(eps: float, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
+    """Capture autocast's state, for a backward pass that computes in the dtypes of its forward pass.
+
+    Its cache of weights is off: a weight that is cast without a graph must not serve a call that needs one.
+    """
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _leaves(tensors: Sequence[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
+    """Let gradients of a recomputed tensor stop at its inputs.
+
+    With ``create_graph`` the results stay differentiable with regard to the inputs.
+    """
+    if create_graph:
+        return [t.view_as(t) for t in tensors]
+    return [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+
+
+class _RecomputedLinear(torch.autograd.Function):
+    """``linear(function(*inputs))`` that keeps the inputs, and computes the function again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable, weight: torch.Tensor, bias: torch.Tensor | None, *inputs: torch.Tensor):
+        ctx.function, ctx.autocast = function, _autocast_state(weight.device.type)
+        ctx.save_for_backward(weight, *inputs)
+        with ctx.autocast():
+            return F.linear(function(*inputs), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        weight, *inputs = ctx.saved_tensors
+        _, of_weight, of_bias, *of_inputs = ctx.needs_input_grad
+        create_graph = torch.is_grad_enabled()
+        with ctx.autocast():
+            with torch.enable_grad():
+                leaves = _leaves(inputs, create_graph)
+                hidden = ctx.function(*leaves)
+            rows = grad.flatten(0, -2)
+            grad_weight = grad_bias = None
+            grads_inputs: list[torch.Tensor | None] = [None] * len(inputs)
+            if of_weight:
+                grad_weight = rows.t() @ hidden.flatten(0, -2).to(grad.dtype)
+            if of_bias:
+                grad_bias = rows.sum(0)
+            if any(of_inputs):
+                grad_hidden = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
+                needed = [leaf for leaf, needs in zip(leaves, of_inputs) if needs]
+                found = iter(torch.autograd.grad(hidden, needed, grad_hidden, create_graph=create_graph))
+                grads_inputs = [next(found) if needs else None for needs in of_inputs]
+        return None, grad_weight, grad_bias, *grads_inputs
+
+
+class _RecomputedScan(torch.autograd.Function):
+    """The scan of ``linear(dt)`` that keeps ``dt``, and projects it again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, dt: torch.Tensor, u: torch.Tensor, *parameters: torch.Tensor):
+        ctx.autocast = _autocast_state(u.device.type)
+        ctx.save_for_backward(weight, dt, u, *parameters)
+        A, B, C, D, k1, k3, k5, alpha, dt_bias = parameters
+        with ctx.autocast():
+            delta = F.linear(dt, weight).permute(0, 3, 1, 2)
+            return structure_aware_scan(u, delta, A, B, C, D, (k1, k3, k5), alpha, dt_bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        weight, dt, u, *parameters = ctx.saved_tensors
+        A, B, C, D, k1, k3, k5, alpha, dt_bias = parameters
+        with ctx.autocast():
+            delta = F.linear(dt, weight).permute(0, 3, 1, 2)
+            grad_u, grad_delta, *grads = structure_aware_scan_backward(
+                grad, u, delta, A, B, C, D, (k1, k3, k5), alpha, dt_bias
+            )
+            grad_delta = grad_delta.permute(0, 2, 3, 1)
+            rows, dts = grad_delta.flatten(0, -2), dt.flatten(0, -2).to(grad_delta.dtype)
+            grad_weight, grad_dt = rows.t() @ dts, grad_delta @ weight.to(grad_delta.dtype)
+        return grad_weight, grad_dt, grad_u, *grads

@@ -1,0 +1,138 @@
+"""What fused layers do not keep for backward gives the same gradients."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mmspatialmamba
+from mmspatialmamba import ops
+from mmspatialmamba.models import SpatialMamba
+from mmspatialmamba.models.layers import SpatialMambaBlock, fused
+
+# A model on Triton's interpreter would take hours.
+CPU_BACKENDS = [name for name in ops.available_backends() if name != 'triton']
+SMALL = dict(embed_dims=8, depths=(1, 1, 1, 1))
+
+
+def plain_linear(function, weight, bias, *inputs):
+    return nn.functional.linear(function(*inputs), weight, bias)
+
+
+def plain_scan(weight, dt, u, A, B, C, D, k1, k3, k5, alpha, dt_bias):
+    delta = nn.functional.linear(dt, weight).permute(0, 3, 1, 2)
+    return ops.structure_aware_scan(u, delta, A, B, C, D, (k1, k3, k5), alpha, dt_bias)
+
+
+def gradients(dtype=None, stored=False):
+    """Outputs and gradients of a small backbone with drop path, under autocast to ``dtype``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if stored:
+            patch.setattr(fused._RecomputedLinear, 'apply', plain_linear)
+            patch.setattr(fused._RecomputedScan, 'apply', plain_scan)
+        torch.manual_seed(0)
+        model = SpatialMamba(SMALL, drop_path_rate=0.5).train()
+        image = torch.randn(2, 3, 40, 56, requires_grad=True)
+        with torch.autocast('cpu', dtype or torch.bfloat16, enabled=dtype is not None):
+            outputs = model(image)
+        sum(output.float().square().mean() for output in outputs).backward()
+    return [*outputs, image.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize('backend', CPU_BACKENDS)
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_those_of_stored_tensors(backend, dtype):
+    with ops.use_backend(backend):
+        for recomputed, stored in zip(gradients(dtype), gradients(dtype, stored=True)):
+            rtol = 1e-5 if dtype is None else 2e-2
+            assert (recomputed - stored).norm() <= rtol * stored.norm() + 1e-6
+
+
+@pytest.mark.parametrize('forward', [True, False], ids=['forward', ''])
+@pytest.mark.parametrize('backward', [True, False], ids=['backward', ''])
+def test_gradients_under_autocast_of_either_pass(forward, backward):
+    torch.manual_seed(0)
+    norm, linear, x = nn.LayerNorm(4), nn.Linear(4, 4), torch.randn(3, 4)
+    grads = []
+    for function in (lambda x: linear(norm(x)), lambda x: fused.layer_norm_linear(norm, linear, x)):
+        with torch.autocast('cpu', torch.bfloat16, enabled=forward):
+            out = function(x).float().square().sum()
+        with torch.autocast('cpu', torch.bfloat16, enabled=backward and forward):
+            grads.append(torch.autograd.grad(out, [linear.weight, linear.bias, norm.weight]))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=2e-2 if forward else 1e-6, atol=1e-2 if forward else 1e-6)
+
+
+@pytest.mark.slow
+def test_second_derivatives():
+    torch.manual_seed(0)
+    block = SpatialMambaBlock(4).double()
+    image = torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(block, image)
+    torch.autograd.gradgradcheck(block, image)
+
+
+def test_products_with_the_hessian():
+    torch.manual_seed(0)
+    block = SpatialMambaBlock(4).double()
+    image, v = torch.randn(2, 1, 4, 3, 2, dtype=torch.float64)
+
+    def loss(x):
+        return block(x).sin().sum()
+
+    hvp, vhp = (
+        function(loss, image, v)[1] for function in (torch.autograd.functional.hvp, torch.autograd.functional.vhp)
+    )
+    step = 1e-5
+    ahead, behind = (torch.autograd.functional.vjp(loss, image + sign * step * v)[1] for sign in (1, -1))
+    assert hvp.abs().max() > 1e-2
+    torch.testing.assert_close(hvp, vhp)
+    torch.testing.assert_close(hvp, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+def test_functional_calls_use_the_parameters_given():
+    torch.manual_seed(0)
+    block = SpatialMambaBlock(4)
+    image = torch.randn(2, 4, 5, 3)
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(block, parameters, (image,)).square().sum()
+
+    doubled = {name: (2 * parameter).detach().requires_grad_() for name, parameter in parameters.items()}
+    grads = torch.autograd.grad(loss(doubled), list(doubled.values()))
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter *= 2
+    loss(parameters).backward()
+    for parameter, grad in zip(parameters.values(), grads):
+        torch.testing.assert_close(grad, parameter.grad)
+
+
+def test_runs_on_tensors_without_data():
+    with torch.device('meta'):
+        model, image = SpatialMamba(SMALL).train(), torch.rand(1, 3, 64, 64)
+    assert [output.shape[1] for output in model(image)] == [8, 16, 32, 64]
+
+
+def test_forward_pass_is_short():
+    """At most 12 files of this package and 1,000 Python calls in them for a training forward pass of ``tiny``."""
+    model, image, calls = SpatialMamba('tiny').train(), torch.rand(1, 3, 64, 64), Counter()
+    package = str(Path(mmspatialmamba.__file__).parent)
+
+    def profile(frame, event, argument):
+        if event == 'call' and frame.f_code.co_filename.startswith(package):
+            calls[frame.f_code.co_filename] += 1
+
+    model(image)
+    sys.setprofile(profile)
+    try:
+        model(image)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= 12 and calls.total() <= 1000, calls
