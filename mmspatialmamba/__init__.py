@@ -5,13 +5,10 @@ from .version import __version__
 if find_spec('mmengine') is not None:
     from mmengine.config.utils import MODULE2PACKAGE
 
-    from . import models  # noqa: F401
-    from .checkpoint import register_checkpoint_loaders
-    from .engine.safe_globals import allow_training_checkpoints
+    from . import engine, models  # noqa: F401
 
     # mmengine resolves `_base_ = 'mmspatialmamba::...'` only for the packages in this table.
     MODULE2PACKAGE.setdefault('mmspatialmamba', 'mmspatialmamba')
-    allow_training_checkpoints()
-    register_checkpoint_loaders()
+    engine.allow_training_checkpoints()
 
 __all__ = ['__version__']

@@ -1,14 +1,14 @@
-"""Make this package's models known by name to mmpretrain, mmdet and mmseg, whichever of them are installed.
+"""Names of this package's models for mmpretrain, mmdet and mmseg, whichever of them are installed.
 
-After ``import mmspatialmamba.apis``, the names of the config files, without ``.py``, are taken by mmpretrain's
-``list_models``, ``get_model`` and ``inference_model``, by mmdet's ``DetInferencer`` and by mmseg's ``MMSegInferencer``.
-mmpretrain keeps its list of models in a class, so it is imported here: this is why ``import mmspatialmamba`` alone,
-which imports none of the three, does not do it. mmdet and mmseg read their metafiles through a function of mmengine's
-``BaseInferencer``, which is replaced by one that adds this package's models to what it gives for these two.
+``import mmspatialmamba.apis`` does three things that ``import mmspatialmamba`` does not:
 
-Weights are published by the original release, without a URL for each file. Asking for a model's own weights
-(``pretrained=True``, which is ``inference_model``'s default, or an inferencer without ``weights``) is an error that
-says where to get them.
+- mmpretrain's ``list_models``, ``get_model`` and ``inference_model``, mmdet's ``DetInferencer`` and mmseg's
+  ``MMSegInferencer`` take the names of the config files, without ``.py``. mmpretrain keeps its models in a class, and
+  is imported for it. mmdet and mmseg read metafiles by a method of mmengine's ``BaseInferencer``, which is replaced.
+- mmengine reads every checkpoint of the process by :func:`mmspatialmamba.checkpoint.read_checkpoint`, so that these
+  functions, ``init_detector`` and ``init_model`` take any file that ``load_from`` takes beside ``LoadAuditHook``.
+- A model's own weights (``pretrained=True``, the default of ``inference_model``, or an inferencer without ``weights``)
+  are an error that says where to get them: the original release publishes no URL for each file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from mmengine.fileio import load
 from mmengine.infer import BaseInferencer
 from mmengine.runner import CheckpointLoader
 
+from .checkpoint import register_checkpoint_loaders
+
 _PACKAGE = Path(__file__).parent
 _ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
 _FOLDERS = {'mmpretrain': 'classification', 'mmdet': 'detection', 'mmseg': 'segmentation'}
@@ -34,28 +36,14 @@ def _metafile(folder: str) -> Path:
 
 
 def _models(folder: str) -> Iterator[dict]:
-    """Read a metafile's models.
-
-    Args:
-        folder (str): The folder in ``configs``.
-
-    Yields:
-        dict: An entry of the metafile, with the absolute path of its config, and with weights.
-    """
+    """Read the entries of a metafile in ``configs``, with the absolute paths of the configs, and with weights."""
     for model in load(_metafile(folder))['Models']:
         weights = model.get('Weights', f'{_SCHEME}{folder}/{model["Name"]}')
         yield {**model, 'Config': str(_ROOT / model['Config']), 'Weights': weights}
 
 
 def _get_models_from_metafile(dir: str) -> Iterator[dict]:
-    """Read the models of a library: this package's, then its own.
-
-    Args:
-        dir (str): The folder that holds the library's ``model-index.yml``.
-
-    Yields:
-        dict: An entry of a metafile.
-    """
+    """Read the metafile entries of the library whose ``model-index.yml`` is in ``dir``: first ours, then its own."""
     for library in ('mmdet', 'mmseg'):
         if library in sys.modules and BaseInferencer._get_repo_or_mim_dir(library) == dir:
             yield from _models(_FOLDERS[library])
@@ -63,11 +51,7 @@ def _get_models_from_metafile(dir: str) -> Iterator[dict]:
 
 
 def load_from_metafile(filename: str, map_location: str | None = None) -> None:
-    """Say how to get the weights of a model that has none to download.
-
-    Args:
-        filename (str): The model, as ``mmspatialmamba://FOLDER/NAME``.
-        map_location (str, optional): Not used. Defaults to None.
+    """Say how to get the weights of the model ``mmspatialmamba://FOLDER/NAME``, which has none to download.
 
     Raises:
         FileNotFoundError: Always.
@@ -89,6 +73,7 @@ def _register_in_mmpretrain() -> None:
         ModelHub._models_dict[model['Name'].lower()].weights = model['Weights']
 
 
+register_checkpoint_loaders()
 CheckpointLoader.register_scheme(prefixes=_SCHEME, loader=load_from_metafile)
 BaseInferencer._get_models_from_metafile = staticmethod(_get_models_from_metafile)
 if find_spec('mmpretrain') is not None:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from ast import literal_eval
 
 import pytest
 
@@ -37,12 +38,80 @@ def test_resolves_from_any_directory(tmp_path, library):
     assert run_python(code, os.sep).splitlines()[-1] == 'SpatialMamba SpatialMamba MM_SpatialMamba'
 
 
-def test_import_pulls_in_no_library_and_no_compiled_ops(tmp_path):
+IMPORT = """
+import sys
+
+import mmengine.analysis, mmengine.hooks, mmengine.infer, mmengine.model, mmengine.optim, mmengine.runner
+import torch, torch.utils.flop_counter
+from mmengine import registry
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.runner import CheckpointLoader
+
+REGISTRIES = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
+for each in REGISTRIES:
+    each.import_from_location()
+
+
+def functions():
+    '''What modules and classes of torch, mmengine and Python hold under each name.'''
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if not name.startswith('mmspatialmamba'):
+            found.update({(name, key): value for key, value in vars(module).items() if callable(value)})
+    classes = [(key, value) for key, value in found.items() if isinstance(value, type)]
+    for key, cls in classes:
+        methods = {name: value for name, value in vars(cls).items() if callable(value) or hasattr(value, '__func__')}
+        found.update({(*key, name): value for name, value in methods.items()})
+    return found
+
+
+def tables():
+    complexity = sys.modules['mmengine.analysis.complexity_analysis']
+    return {
+        'checkpoint loaders': dict(CheckpointLoader._schemes),
+        'finders': {str(finder): finder for finder in sys.meta_path},
+        'multiply-adds': dict(complexity._DEFAULT_SUPPORTED_FLOP_OPS),
+        'packages': dict(MODULE2PACKAGE),
+        **{f'registry {each.name}': dict(each.module_dict) for each in REGISTRIES},
+    }
+
+
+before, kept = tables(), functions()
+import mmspatialmamba, mmspatialmamba.models
+after, now = tables(), functions()
+
+print([key for key, value in kept.items() if now.get(key) is not value])
+print([(name, key) for name in before for key, value in before[name].items() if after[name].get(key) is not value])
+new = {name: {k: v for k, v in table.items() if k not in before[name]} for name, table in after.items()}
+print({name: list(new.pop(name)) for name in ('checkpoint loaders', 'finders', 'multiply-adds', 'packages')})
+values = [value for table in new.values() for value in table.values()]
+print({value.__module__.split('.')[0] for value in values}, mmspatialmamba.models.SpatialMamba in values)
+print([name for name in ('mmdet', 'mmseg', 'mmpretrain', 'mmcv._ext') if name in sys.modules])
+"""
+
+
+def test_import_registers_and_changes_nothing_else(tmp_path):
+    """``import mmspatialmamba`` leaves every function and table of torch and mmengine, but for its own entries."""
+    changed, replaced, tables, packages, libraries = run_python(IMPORT, tmp_path).splitlines()[-5:]
+    assert (changed, replaced, libraries) == ('[]', '[]', '[]')
+    assert literal_eval(tables) == {
+        'checkpoint loaders': ['ema://'],
+        'finders': [],
+        'multiply-adds': [],
+        'packages': ['mmspatialmamba'],
+    }
+    assert packages == "{'mmspatialmamba'} True"
+
+
+@pytest.mark.slow
+def test_apis_imported_by_name_read_every_checkpoint(tmp_path):
     code = (
-        'import sys, mmspatialmamba, mmspatialmamba.models\n'
-        "print([m for m in ('mmdet', 'mmseg', 'mmpretrain', 'mmcv._ext') if m in sys.modules])"
+        'import mmspatialmamba.apis\n'
+        'from mmengine.runner import CheckpointLoader\n'
+        "print([CheckpointLoader._schemes[p].__module__ for p in ('', 'http://', 'https://', 'mmspatialmamba://')])"
     )
-    assert run_python(code, tmp_path).splitlines()[-1] == '[]'
+    read, ask = 'mmspatialmamba.checkpoint.reader', 'mmspatialmamba.apis'
+    assert run_python(code, tmp_path).splitlines()[-1] == str([read, read, read, ask])
 
 
 def test_builds_and_runs_without_compiled_ops(tmp_path):

@@ -1,4 +1,4 @@
-from .audit import LoadReport, audit, audit_backbone, audit_model, inflate, read_backbone
+from .audit import LoadReport, audit, inflate, read_backbone
 from .convert import find_backbones, is_classifier, to_mmengine
 from .errors import CheckpointError
 from .reader import read_checkpoint, register_checkpoint_loaders
@@ -7,8 +7,6 @@ __all__ = [
     'CheckpointError',
     'LoadReport',
     'audit',
-    'audit_backbone',
-    'audit_model',
     'find_backbones',
     'inflate',
     'is_classifier',

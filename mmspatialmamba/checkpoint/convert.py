@@ -1,4 +1,4 @@
-"""Checkpoints of the original release and of other wrappings, turned into mmengine's form."""
+"""Conversion of checkpoints from the original release and from other wrappings to mmengine's form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmspatialmamba.models.utils.upstream import from_upstream, is_upstream
 
 from .errors import CheckpointError
 
-# Tensors that every block of Spatial-Mamba has, and no other network.
+# Every block of Spatial-Mamba has these tensors, and no other network does.
 _FUSION = re.compile(
     r'^(?P<prefix>.*\.)?(?:stages\.\d+\.\d+\.mixer\.fusion_|layers\.\d+\.blocks\.\d+\.self_attention\.state_fusion\.)'
 )
@@ -28,31 +28,31 @@ def find_backbones(names: Iterable[str]) -> list[str]:
         names (Iterable[str]): Names of parameters and buffers.
 
     Returns:
-        list[str]: The prefix of each backbone, such as 'backbone.'; '' where the names are a backbone's own.
+        list[str]: Prefix of each backbone, such as 'backbone.'; '' where the names are a backbone's own.
     """
     matches = map(_FUSION.match, filter(lambda name: isinstance(name, str), names))
     return sorted({match['prefix'] or '' for match in matches if match})
 
 
 def below(names: Iterable[str], prefix: str) -> list[str]:
-    """The names that start with ``prefix``, without it."""
+    """Select the names that start with ``prefix``, and remove it."""
     return [name[len(prefix) :] for name in names if name.startswith(prefix)]
 
 
 def last_stage(names: Iterable[str]) -> int:
-    """Index of the last stage among a backbone's names; -1 where there is none."""
+    """Find the index of the last stage among a backbone's names; -1 if there is none."""
     return max((int(match[1]) for match in map(_STAGE.match, names) if match), default=-1)
 
 
 def is_classifier(names: Iterable[str], prefix: str) -> bool:
-    """Whether a model or file is a classifier: no output norm but the last stage's, no heads but a classifier's.
+    """Tell a classifier by its names: no output norm but the last stage's, and no heads but a classifier's.
 
     Args:
-        names (Iterable[str]): Our names of its parameters and buffers.
-        prefix (str): The backbone's prefix.
+        names (Iterable[str]): Our names of parameters and buffers.
+        prefix (str): Prefix of the backbone.
 
     Returns:
-        bool: Whether it is.
+        bool: Whether they are a classifier's.
     """
     names = list(names)
     backbone = below(names, prefix)
@@ -62,17 +62,17 @@ def is_classifier(names: Iterable[str], prefix: str) -> bool:
 
 
 def new_names(names: Iterable[str]) -> dict[str, str]:
-    """Our names for those of a state dict that holds a Spatial-Mamba backbone.
+    """Map the names of a state dict that holds a Spatial-Mamba backbone to ours.
 
-    A bare backbone gets the prefix 'backbone.', the classifier's ``norm`` becomes the output norm of the file's last
-    stage, and upstream's ``head`` mmpretrain's ``head.fc``. The prefix 'module.', which wrappers for parallel training
-    add, is removed.
+    Names of the original release and of earlier versions of this package become ours. A bare backbone gets the prefix
+    'backbone.', the classifier's ``norm`` becomes the output norm of the file's last stage, and the original release's
+    ``head`` becomes mmpretrain's ``head.fc``. The prefix 'module.' of wrappers for parallel training is removed.
 
     Args:
-        names (Iterable[str]): Names of parameters and buffers, ours or the original release's.
+        names (Iterable[str]): Names of parameters and buffers.
 
     Returns:
-        dict[str, str]: Our name for each, in the same order.
+        dict[str, str]: Our name of each, in the same order.
     """
     new = {name: name[len('module.') :] if name.startswith('module.') else name for name in names}
     for prefix in sorted(find_backbones(new.values()), key=len):
@@ -84,7 +84,7 @@ def new_names(names: Iterable[str]) -> dict[str, str]:
             if not name.startswith(prefix):
                 continue
             if _IN_BACKBONE.match(short):
-                new[key] = (prefix or 'backbone.') + (from_upstream(short, last))
+                new[key] = (prefix or 'backbone.') + from_upstream(short, last)
             elif not prefix and upstream and short in ('head.weight', 'head.bias'):
                 new[key] = short.replace('head.', 'head.fc.')
     return new
@@ -95,15 +95,15 @@ def find_state(checkpoint: dict, source: str, average: bool = False) -> tuple[st
 
     Args:
         checkpoint (dict): As in :func:`to_mmengine`.
-        source (str): What error messages call it.
+        source (str): Name of the checkpoint, for messages.
         average (bool): As in :func:`to_mmengine`. Defaults to False.
 
     Returns:
-        tuple[str | None, dict] | None: The state dict, after its key in the checkpoint (None where the checkpoint is
-        itself the state dict); or None if it holds no Spatial-Mamba backbone.
+        tuple[str | None, dict] | None: Key of the state dict in the checkpoint (None if the checkpoint is the state
+        dict itself) and the state dict; None if it holds no Spatial-Mamba backbone.
 
     Raises:
-        CheckpointError: If there is no average to take.
+        CheckpointError: If there is no average to take, or if the state dict holds anything but named tensors.
     """
     key = next((key for key in ('state_dict', 'model') if isinstance(checkpoint.get(key), dict)), None)
     state = checkpoint if key is None else checkpoint[key]
@@ -126,21 +126,21 @@ def find_state(checkpoint: dict, source: str, average: bool = False) -> tuple[st
 
 
 def to_mmengine(checkpoint: dict, source: str = 'the checkpoint', average: bool = False) -> dict | None:
-    """Turn a checkpoint that holds a Spatial-Mamba backbone into mmengine's form, with our names.
+    """Convert a checkpoint that holds a Spatial-Mamba backbone to mmengine's form and our names.
 
     Args:
-        checkpoint (dict): A classification checkpoint of the original release (``model``, ``model_ema``), one of
-            mmengine (``state_dict``) with our names or upstream's, or a bare state dict.
-        source (str): What error messages call it. Defaults to 'the checkpoint'.
-        average (bool): Whether to take the averaged weights: upstream's ``model_ema``, or the ``state_dict`` of a
-            training with mmengine's ``EMAHook``, which is where that hook stores them. Defaults to False.
+        checkpoint (dict): A classifier's checkpoint of the original release (``model``, ``model_ema``), a checkpoint of
+            mmengine (``state_dict``) with our names or the original release's, or a bare state dict.
+        source (str): Name of the checkpoint, for messages. Defaults to 'the checkpoint'.
+        average (bool): Whether to take the averaged weights: the original release's ``model_ema``, or the
+            ``state_dict`` of a training with mmengine's ``EMAHook``, which stores them there. Defaults to False.
 
     Returns:
-        dict | None: ``state_dict``, ``meta`` and whatever else mmengine's checkpoint held; ``checkpoint`` itself if it
-        is in that form already; None if it holds no Spatial-Mamba backbone.
+        dict | None: ``state_dict``, ``meta``, and whatever else mmengine's checkpoint holds; ``checkpoint`` itself if
+        it is in that form already; None if it holds no Spatial-Mamba backbone.
 
     Raises:
-        CheckpointError: If there is no average to take.
+        CheckpointError: As :func:`find_state`.
     """
     found = find_state(checkpoint, source, average)
     if found is None:

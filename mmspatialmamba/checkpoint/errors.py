@@ -1,2 +1,2 @@
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, told in one line."""
+    """One line about a checkpoint that cannot be used."""

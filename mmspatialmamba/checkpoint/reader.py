@@ -1,4 +1,4 @@
-"""Reads checkpoints without unpickling anything but tensors and the allow-list of ``engine/safe_globals.py``."""
+"""Reading of checkpoints that unpickles nothing but tensors and the allow-list of ``engine/safe_globals.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pickle
 import re
 import struct
 import sys
-import tempfile
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from .convert import find_backbones, is_classifier, to_mmengine
 from .errors import CheckpointError
 
 EMA = 'ema://'
-# What torch.load raises, besides OSError, when a file is cut short, or isn't a checkpoint.
+# torch.load raises these, besides OSError, where a file is cut short or no checkpoint.
 _BROKEN = (
     ArithmeticError,
     AssertionError,
@@ -48,7 +47,7 @@ _REFUSALS = (
 
 
 def _one_line(error: BaseException) -> str:
-    """The part of an error's message that says what was wrong, in one line."""
+    """Select the line of an error's message that says what is wrong."""
     text = str(error).split('WeightsUnpickler error: ')[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
@@ -70,7 +69,7 @@ def _load_safetensors(path: Path, map_location: object, source: str) -> dict:
 
 
 def _load_file(path: Path, map_location: object, source: str) -> dict:
-    """Read a local file, whose errors name ``source``."""
+    """Read a local file; errors call it ``source``."""
     if path.is_dir():
         raise CheckpointError(f'{source} is a directory: name a checkpoint file in it')
     if not path.is_file():
@@ -100,25 +99,24 @@ def _load_file(path: Path, map_location: object, source: str) -> dict:
 
 
 def _has_tensor(value: object, depth: int = 4) -> bool:
-    """Whether a value is a tensor, or a dict with one, some dicts deep: a hostile dict may hold itself."""
+    """Say whether a value is a tensor or holds one, ``depth`` dicts deep: a hostile dict may hold itself."""
     if isinstance(value, dict) and depth > 0:
         return any(_has_tensor(item, depth - 1) for item in value.values())
     return isinstance(value, torch.Tensor)
 
 
 def _download(url: str, map_location: object, source: str) -> dict:
-    """Read a URL through torch.hub's cache, which gets the file only once it has been read."""
-    folder = Path(torch.hub.get_dir(), 'checkpoints')
-    cached = folder / (os.path.basename(urlparse(url).path) or 'index')
+    """Read a URL through torch.hub's cache, which keeps no file that cannot be read."""
+    cached = Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(url).path) or 'index')
     if cached.exists():
         return _load_file(cached, map_location, f'{source} (cached as {cached}, delete that to download it again)')
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            path = Path(partial, cached.name)
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-            checkpoint = _load_file(path, map_location, source)
-            os.replace(path, cached)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached), progress=sys.stderr.isatty())
+        return _load_file(cached, map_location, source)
+    except CheckpointError:
+        cached.unlink()
+        raise
     except urllib.error.HTTPError as error:
         raise CheckpointError(f'cannot download {source}: HTTP {error.code} ({error.reason}): check the URL') from error
     except (OSError, http.client.HTTPException) as error:
@@ -127,16 +125,15 @@ def _download(url: str, map_location: object, source: str) -> dict:
             f'cannot download {source}: {_one_line(reason) if isinstance(reason, BaseException) else reason}: '
             'check the URL and the network, or download it yourself and name the file'
         ) from error
-    return checkpoint
 
 
 def fetch(filename: str, map_location: object, source: str) -> dict:
-    """Read a local file, or a URL, as it is. The first process alone fills the cache.
+    """Read a local file or a URL as it is. Of several processes the first one fills the cache.
 
     Args:
         filename (str): A local path or an http(s) URL.
         map_location (object): As in :func:`torch.load`.
-        source (str): What error messages call it.
+        source (str): Name of the checkpoint, for messages.
 
     Returns:
         dict: What the file holds.
@@ -156,15 +153,15 @@ def fetch(filename: str, map_location: object, source: str) -> dict:
 
 
 def first_nonfinite(state: dict) -> str | None:
-    """Name of the first tensor of a state dict that holds NaN or infinity; None if none does."""
+    """Find the first tensor of a state dict that holds NaN or infinity; None if none does."""
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             return name
     return None
 
 
-def _sign(checkpoint: dict, source: str, ours: bool) -> dict:
-    """Note in a state dict's metadata, which reaches every module that loads it, which file it is from."""
+def _sign(checkpoint: dict, note: dict) -> dict:
+    """Put a note into the metadata of a checkpoint's state dict, which torch hands to every module that loads it."""
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
         return checkpoint
@@ -172,34 +169,27 @@ def _sign(checkpoint: dict, source: str, ours: bool) -> dict:
         # A plain dict has no room for metadata.
         state = OrderedDict(state)
         checkpoint = {**checkpoint, 'state_dict': state} if 'state_dict' in checkpoint else state
-    prefixes = find_backbones(state) if ours else []
-    note = {
-        'file': source,
-        'classifier': ours and is_classifier(state, prefixes[0]),
-        'nonfinite': first_nonfinite(state) if ours else None,
-    }
     metadata = getattr(state, '_metadata', None)
     entries = metadata.items() if isinstance(metadata, dict) else ()
-    metadata = OrderedDict((prefix, dict(entry)) for prefix, entry in entries if isinstance(entry, dict))
-    for entry in metadata.values():
-        entry.pop(SCOPE, None)
-    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in prefixes)}:
-        metadata.setdefault(prefix, {})[SCOPE] = note
-    state._metadata = metadata
+    state._metadata = OrderedDict((prefix, dict(entry)) for prefix, entry in entries if isinstance(entry, dict))
+    pop_note(state)
+    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in find_backbones(state))}:
+        state._metadata.setdefault(prefix, {})[SCOPE] = note
     return checkpoint
 
 
-def pop_note(state: dict) -> str | None:
-    """Remove from a state dict's metadata what :func:`read_checkpoint` noted there.
+def pop_note(state: dict) -> dict:
+    """Remove from a state dict's metadata the note of :func:`read_checkpoint`.
 
     Args:
         state (dict): The state dict.
 
     Returns:
-        str | None: The name of the file it is from, if it was noted.
+        dict: ``file`` (str), the name of its file; ``classifier`` (bool), whether that is a classifier's; ``renamed``
+        (bool), whether its weights had other names or another form. Empty if there is no note.
     """
     notes = [entry.pop(SCOPE, None) for entry in getattr(state, '_metadata', {}).values()]
-    return next((note['file'] for note in notes if note), None)
+    return next(filter(None, notes), {})
 
 
 def read_checkpoint(filename: str, map_location: str | torch.device | dict | Callable | None = None) -> dict:
@@ -210,7 +200,7 @@ def read_checkpoint(filename: str, map_location: str | torch.device | dict | Cal
 
     Args:
         filename (str): A local path or an http(s) URL, of a PyTorch file or (by its suffix) a ``.safetensors`` file.
-            With 'ema://' before it, the averaged weights are taken: upstream's ``model_ema`` instead of ``model``.
+            'ema://' before it selects the averaged weights: the original release's ``model_ema`` instead of ``model``.
         map_location (str | torch.device | dict | Callable, optional): As in :func:`torch.load`. Defaults to None.
 
     Returns:
@@ -228,26 +218,25 @@ def read_checkpoint(filename: str, map_location: str | torch.device | dict | Cal
         raise CheckpointError(
             f'{source}: ema:// is for checkpoints of Spatial-Mamba, and this holds none: leave it out'
         )
-    return _sign(converted or checkpoint, source, ours=converted is not None)
+    note = {'file': source, 'classifier': False, 'renamed': converted is not None and converted is not checkpoint}
+    if converted is not None:
+        checkpoint, state = converted, converted['state_dict']
+        note['classifier'] = is_classifier(state, find_backbones(state)[0])
+    return _sign(checkpoint, note)
 
 
-def load_from_local(filename: str, map_location: object = None) -> dict:
-    """What mmengine calls for local files; see :func:`read_checkpoint`."""
+@CheckpointLoader.register_scheme(prefixes=EMA)
+def load_from_mmspatialmamba(filename: str, map_location: object = None) -> dict:
+    """Read a checkpoint for mmengine, which logs this function's name; see :func:`read_checkpoint`."""
     return read_checkpoint(filename, map_location)
 
 
-def load_from_http(filename: str, map_location: object = None) -> dict:
-    """What mmengine calls for URLs; see :func:`read_checkpoint`."""
-    return read_checkpoint(filename, map_location)
+def register_checkpoint_loaders(*prefixes: str) -> None:
+    """Let mmengine read through :func:`read_checkpoint` what its own loaders read otherwise.
 
-
-def load_from_ema(filename: str, map_location: object = None) -> dict:
-    """What mmengine calls for ``ema://FILE_OR_URL``; see :func:`read_checkpoint`."""
-    return read_checkpoint(filename, map_location)
-
-
-def register_checkpoint_loaders() -> None:
-    """Let mmengine read local files, http(s) URLs and 'ema://' through :func:`read_checkpoint`."""
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
-    CheckpointLoader.register_scheme(EMA, load_from_ema, force=True)
+    Args:
+        *prefixes (str): Regular expressions for the beginnings of the names of files and URLs. Defaults to all local
+            files and http(s) URLs, of whichever model, in the whole process.
+    """
+    prefixes = prefixes or ('', 'http://', 'https://')
+    CheckpointLoader.register_scheme(prefixes, load_from_mmspatialmamba, force=True)

@@ -5,6 +5,7 @@ from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
 from .mesa_hook import MESAHook
 from .prepare_hook import PrepareForCPUHook
+from .safe_globals import allow_training_checkpoints
 
 __all__ = [
     'CPUAmpOptimWrapper',
@@ -14,5 +15,6 @@ __all__ = [
     'PrepareForCPUHook',
     'ResumableCheckpointHook',
     'ResumableFSDPStrategy',
+    'allow_training_checkpoints',
     'block_wrap_policy',
 ]

@@ -1,14 +1,17 @@
-"""Checkpoints that survive faults, and from which a training goes on as if it had never stopped."""
+"""Checkpoints that survive faults, and from which a training resumes as if it had never stopped."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
+import struct
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +26,20 @@ INCOMPLETE = '.incomplete'
 
 
 class CheckpointFileError(RuntimeError):
-    """A checkpoint that cannot be written, or none that can be read, told in one line."""
+    """One line about a checkpoint that cannot be written, or about a lack of one that can be read."""
 
 
 def write_atomically(data: bytes, path: str) -> None:
-    """Write a file so that its path holds, at every moment, all of the old content or all of the new.
+    """Write a file so that its path always holds all of the old content or all of the new.
 
-    The data go to ``path + '.incomplete'`` and onto the disk before that file takes the name ``path``.
+    The data go to ``path + '.incomplete'``, which takes the name ``path`` once they are on the disk.
 
     Args:
         data (bytes): The content.
         path (str): The file. Its folder is created if there is none.
 
     Raises:
-        CheckpointFileError: If it cannot be written. What was at ``path`` is still there then.
+        CheckpointFileError: If it cannot be written. The old content is still there then.
     """
     incomplete = Path(path + INCOMPLETE)
     try:
@@ -63,28 +66,19 @@ def write_atomically(data: bytes, path: str) -> None:
 
 @register_backend('atomic_local')
 class AtomicLocalBackend(LocalBackend):
-    """mmengine's backend of local files, with a ``put`` that never leaves half a file."""
+    """Backend of local files for mmengine whose ``put`` never leaves half a file."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write a file by :func:`write_atomically`.
-
-        Args:
-            obj (bytes): The content.
-            filepath (str or Path): The file.
-
-        Raises:
-            CheckpointFileError: If it cannot be written.
-        """
+        """Write ``obj`` to ``filepath`` by :func:`write_atomically`."""
         write_atomically(obj, str(filepath))
 
 
 def get_random_state() -> dict:
-    """Get the state of every generator a training draws from: Python's, NumPy's, torch's.
+    """Get the states of the random generators of Python, NumPy and torch.
 
     Returns:
-        dict: The states under 'python', 'numpy', 'torch' and, where CUDA is in use, 'cuda' (of the
-        current device): nested tuples and lists of numbers, and CPU tensors of uint8, which
-        ``torch.load`` reads with ``weights_only``.
+        dict: The states under 'python', 'numpy', 'torch' and, where CUDA is in use, 'cuda' (of the current device):
+        tuples and lists of numbers, and CPU tensors of uint8, which ``torch.load`` reads with ``weights_only``.
     """
     name, keys, *rest = np.random.get_state()
     state = {
@@ -98,11 +92,7 @@ def get_random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Set every generator to what :func:`get_random_state` returned.
-
-    Args:
-        state (dict): The states. The tensors may be on any device.
-    """
+    """Set the random generators to the states that :func:`get_random_state` returned, on whichever device."""
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'].cpu())
@@ -111,22 +101,18 @@ def set_random_state(state: dict) -> None:
 
 
 def is_intact(path: str | Path) -> bool:
-    """Say whether a checkpoint is whole, by the checksums of the zip archive that it is.
-
-    This reads the file once, without building a tensor: a gigabyte takes about half a second.
+    """Check a local checkpoint against the checksums of its zip archive, in one read that builds no tensor.
 
     Args:
-        path (str or Path): A local file.
+        path (str | Path): The file.
 
     Returns:
-        bool: False if it is not there, cut short or damaged.
+        bool: False if the file is missing, cut short or damaged.
     """
-    if not zipfile.is_zipfile(path):
-        return False
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except zipfile.BadZipFile:
+    except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error):
         return False
 
 
@@ -134,12 +120,11 @@ def find_intact_checkpoint(last: str | Path, filename_tmpl: str) -> str | None:
     """Find the newest checkpoint that is whole.
 
     Args:
-        last (str or Path): The checkpoint saved last.
-        filename_tmpl (str): How checkpoints are called: ``'epoch_{}.pth'``.
+        last (str | Path): The checkpoint saved last.
+        filename_tmpl (str): Template of the names of checkpoints, such as ``'epoch_{}.pth'``.
 
     Returns:
-        str, optional: ``last`` if that is whole, else the newest whole one of those saved before it
-        in its folder, or None.
+        str | None: ``last`` if it is whole, else the newest whole one of those saved before it in its folder, if any.
     """
     if is_intact(last):
         return str(last)
@@ -151,7 +136,7 @@ def find_intact_checkpoint(last: str | Path, filename_tmpl: str) -> str | None:
 
 
 def _seed_worker(init: Callable[[int], None] | None, epoch: int, worker_id: int) -> None:
-    """Seed a worker of a data loader as its ``worker_init_fn`` does, and differently in each epoch."""
+    """Seed a data loader's worker as its ``worker_init_fn`` does, but differently in each epoch."""
     if init is not None:
         init(worker_id)
     seed = int(np.random.SeedSequence([torch.initial_seed(), epoch]).generate_state(1)[0])
@@ -160,43 +145,30 @@ def _seed_worker(init: Callable[[int], None] | None, epoch: int, worker_id: int)
     torch.manual_seed(seed)
 
 
-class _SkippingIterator:
-    """An iterator that calls a function once, between the batches to be skipped and the first one to be used."""
-
-    def __init__(self, iterator: Iterator, skip: int, function: Callable[[], None]) -> None:
-        self.iterator = iterator
-        self.skip = skip
-        self.function = function
-
-    def __iter__(self) -> _SkippingIterator:
-        return self
-
-    def __next__(self) -> object:
-        if self.skip == 0:
-            self.function()
-        self.skip -= 1
-        return next(self.iterator)
+def _call_after(iterator: Iterator, count: int, function: Callable[[], None]) -> Iterator:
+    """Yield what ``iterator`` yields; call ``function`` once, before the item that follows the first ``count``."""
+    yield from islice(iterator, count)
+    function()
+    yield from iterator
 
 
 @HOOKS.register_module()
 class ResumableCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, made to survive faults. It takes the same arguments.
+    """Fault-tolerant version of mmengine's ``CheckpointHook``, with the same arguments.
 
-    A run that was killed and resumed ends with the same weights, bit for bit, as one that was not, where
-    the arithmetic itself is deterministic. What this hook adds for that:
+    A run that was killed and resumed ends with the same weights, bit for bit, as an undisturbed one, where the
+    arithmetic itself is deterministic. For that:
 
-    - Checkpoints hold the state of the random generators of every process. It is restored on resuming;
-      in an iteration-based loop, after the batches already seen were skipped.
-    - An evaluation leaves the random generators as it found them. One that was not finished when the run was
-      killed is done first on resuming, so that the best checkpoint and the schedulers see its metrics.
-    - In an epoch-based loop, the workers of the training data loader start anew in each epoch, persistent or
-      not, with a seed of that epoch.
-    - A checkpoint replaces what it replaces only once it is whole and on the disk, older ones are removed
-      after that, and what a killed run left unfinished is removed at the next start.
-    - ``--resume`` passes over a checkpoint that is damaged, with a warning, to the one before it. That
-      needs ``max_keep_ckpts`` above 1, or the default, which keeps all.
-
-    Random states are of this process group: with another number of processes they are not restored.
+    - Checkpoints hold the states of the random generators of every process. Resuming with the same number of processes
+      restores them; in an iteration-based loop after the batches that were seen already are skipped.
+    - An evaluation leaves the random generators as they were. An evaluation that was not finished is done first on
+      resuming, so that the best checkpoint and the schedulers see its metrics.
+    - In an epoch-based loop the workers of the training data loader, persistent or not, start anew in each epoch, with
+      a seed of that epoch.
+    - A checkpoint takes its name only when it is whole and on the disk. Outdated checkpoints are removed after that,
+      and incomplete files of a killed run at the next start.
+    - ``--resume`` skips a damaged checkpoint, with a warning, and takes the one before it. That needs
+      ``max_keep_ckpts`` above 1, or the default, which keeps all.
     """
 
     _resumed: dict | None = None
@@ -204,10 +176,7 @@ class ResumableCheckpointHook(CheckpointHook):
     _before_val: dict | None = None
 
     def before_run(self, runner: Runner) -> None:
-        """Choose the checkpoint that ``--resume`` without a file goes on from.
-
-        Args:
-            runner (Runner): The runner.
+        """Choose the checkpoint for a ``--resume`` that names none.
 
         Raises:
             CheckpointFileError: If there are checkpoints, but none that is whole.
@@ -229,19 +198,14 @@ class ResumableCheckpointHook(CheckpointHook):
         runner._load_from = intact
 
     def _find_checkpoint(self, runner: Runner) -> tuple[str | None, str | None]:
-        """Return the path in ``last_checkpoint`` and that of the newest whole checkpoint."""
+        """Find the path in ``last_checkpoint``, and that of the newest whole checkpoint."""
         last = find_latest_checkpoint(runner.work_dir)
         if last is None or '://' in last or Path(last).is_dir():
             return None, None
         return last, find_intact_checkpoint(last, self.filename_tmpl)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Take from the checkpoint what resuming needs.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What was loaded.
-        """
+        """Keep the random state of this process, and warn where the run cannot be the same."""
         if not runner._resume:
             return
         self._resumed = {'evaluated': checkpoint['meta'].get('evaluated', True)}
@@ -263,10 +227,7 @@ class ResumableCheckpointHook(CheckpointHook):
             self._resumed['random_state'] = states[get_rank()]
 
     def before_train(self, runner: Runner) -> None:
-        """Clear away what a killed run left, and put a resumed one where that was.
-
-        Args:
-            runner (Runner): The runner.
+        """Remove incomplete files of a killed run, restore random states, and finish an evaluation.
 
         Raises:
             ValueError: If the deprecated argument ``file_client_args`` is set.
@@ -296,13 +257,13 @@ class ResumableCheckpointHook(CheckpointHook):
             restore = partial(set_random_state, self._resumed['random_state'])
             restore()
             if isinstance(loop, IterBasedTrainLoop):
-                loop.dataloader_iterator = _SkippingIterator(loop.dataloader_iterator, loop.iter, restore)
+                loop.dataloader_iterator = _call_after(loop.dataloader_iterator, loop.iter, restore)
         if not self._resumed['evaluated'] and self._evaluation_is_due(runner):
             runner.logger.info('The evaluation of this checkpoint was not finished: doing it first')
             runner.val_loop.run()
 
     def _evaluation_is_due(self, runner: Runner) -> bool:
-        """Say whether the training loop evaluates after the epoch or iteration that was resumed."""
+        """Say whether the training loop evaluates after the epoch or iteration of the checkpoint."""
         loop = runner.train_loop
         if runner.val_loop is None or self.by_epoch != isinstance(loop, EpochBasedTrainLoop):
             return False
@@ -311,45 +272,28 @@ class ResumableCheckpointHook(CheckpointHook):
         return done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Let the workers of an epoch-based loop start anew, with seeds of this epoch.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Restart the data loader's workers of an epoch-based loop, with seeds of this epoch."""
         loader = runner.train_loop.dataloader
         if isinstance(runner.train_loop, EpochBasedTrainLoop) and loader.num_workers > 0:
             loader._iterator = None
             loader.worker_init_fn = partial(_seed_worker, self._worker_init_fn, runner.epoch)
 
     def before_val(self, runner: Runner) -> None:
-        """Keep the state of the random generators.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Keep the states of the random generators."""
         self._before_val = get_random_state()
 
     def after_val(self, runner: Runner) -> None:
-        """Restore the state of the random generators.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Restore the states of the random generators."""
         set_random_state(self._before_val)
         self._before_val = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the random states to a checkpoint that is for resuming.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What is going to be saved.
-        """
+        """Add the random states to a checkpoint for resuming."""
         if self._random_states is not None:
             checkpoint['random_states'] = self._random_states
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        """Save a checkpoint for resuming; then point ``last_checkpoint`` to it; then remove the outdated one."""
+        """Save a checkpoint for resuming, name it in ``last_checkpoint``, and remove outdated ones, in this order."""
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -359,7 +303,7 @@ class ResumableCheckpointHook(CheckpointHook):
             if step not in steps[-1:]:
                 steps.append(step)
             outdated = steps[: -self.max_keep_ckpts]
-            # The outdated one is on the list until it is removed, so that a resumed run does it if this one can't.
+            # The outdated one stays in the list until it is removed: if this run is killed, the resumed one does it.
             runner.message_hub.update_info('keep_ckpt_ids', steps)
             self.keep_ckpt_ids = deque(steps, self.max_keep_ckpts)
         self._random_states = all_gather_object(self._before_val or get_random_state())
@@ -382,7 +326,7 @@ class ResumableCheckpointHook(CheckpointHook):
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        """Save new best checkpoints, and only then remove those they replace."""
+        """Save new best checkpoints, and remove then those they replace."""
         if not self.save_best:
             return
         single = len(self.key_indicators) == 1

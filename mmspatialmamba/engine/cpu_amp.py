@@ -11,14 +11,14 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Mixed precision training on the CPU: backbone and neck under bfloat16 autocast, heads and losses in float32.
+    """Optimizer wrapper for mixed precision on the CPU: backbone and neck in bfloat16, heads and losses in float32.
 
-    mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has float32's range, so that the loss needs no scaling. The
-    heads stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU.
+    mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has the range of float32, so the loss needs no scaling. Heads
+    stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU.
 
     Args:
-        loss_scale (object): Taken so that a config of ``AmpOptimWrapper`` runs as it is, and not used.
-        dtype (str): 'bfloat16', the only one. Defaults to 'bfloat16'.
+        loss_scale (object): Not used; an argument of ``AmpOptimWrapper``, whose configs run as they are.
+        dtype (str): 'bfloat16', the only choice. Defaults to 'bfloat16'.
         **kwargs: Arguments of :class:`mmengine.optim.OptimWrapper`.
 
     Raises:
@@ -32,12 +32,7 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Extract features under autocast within the block, and do what the parent class does there.
-
-        Args:
-            model (nn.Module): The model that is trained, or its wrapper. It has a method ``extract_feat``, as the
-                detectors of mmdet, the segmentors of mmseg and the classifiers of mmpretrain have.
-        """
+        """Run ``model.extract_feat`` under autocast within the block; mmdet, mmseg and mmpretrain models have it."""
         module = model.module if is_model_wrapper(model) else model
         extract_feat = module.extract_feat
 

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
-from mmspatialmamba.checkpoint import audit_model, to_mmengine
+from mmspatialmamba.checkpoint import CheckpointError, audit, register_checkpoint_loaders, to_mmengine
 from mmspatialmamba.checkpoint.reader import pop_note
 
 
@@ -21,37 +22,43 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 @HOOKS.register_module()
 class LoadAuditHook(Hook):
-    """Audits every checkpoint that the runner loads, by ``load_from``, ``resume`` or for a test, before it is loaded.
+    """Audit of every checkpoint that the runner loads, by ``load_from``, ``resume`` or for a test.
 
-    One line is logged if all went well, else a table, and training stops if anything that should come from the file
-    does not. A classifier's checkpoint starts the backbone of a detector or segmentor; heads, neck and output norms
-    then keep their initial values, which the line says.
+    The runner reads its checkpoint by :func:`mmspatialmamba.checkpoint.read_checkpoint`, and the audit comes before any
+    weight changes. A good checkpoint is logged in one line. One that lacks anything it should hold is logged in a
+    table, and refused. A classifier's checkpoint starts the backbone of a detector or segmentor; heads, neck and
+    output norms keep their initial values, and the line says so.
 
     Args:
         max_missing (int): How many tensors may be missing from the file, of another shape or, in the backbone, left
             over. Defaults to 0.
         fresh (Sequence[str]): Names of modules and parameters that keep their initial values where the file has none of
-            that shape, such as 'head.fc' for another class count. Defaults to ().
-        allow_nan (bool): Whether NaN and infinite weights are taken. Defaults to False.
-        inflate_stem (bool): Whether the first convolution is fitted to another number of image channels than the
-            file's: one gets the sum of the file's kernels, more get them in turn, scaled so that the activations keep
-            their size. Defaults to False.
+            that shape, such as 'head.fc' for another number of classes. Defaults to ().
+        allow_nan (bool): Whether to take NaN and infinite weights. Defaults to False.
+        inflate_stem (bool): Whether :func:`mmspatialmamba.checkpoint.inflate` fits the first convolution to another
+            number of image channels. Defaults to False.
     """
 
     # Before EMAHook and others that use the checkpoint.
     priority = 'VERY_HIGH'
 
     def __init__(
-        self,
-        max_missing: int = 0,
-        fresh: Sequence[str] = (),
-        allow_nan: bool = False,
-        inflate_stem: bool = False,
+        self, max_missing: int = 0, fresh: Sequence[str] = (), allow_nan: bool = False, inflate_stem: bool = False
     ) -> None:
         self.max_missing = max_missing
         self.fresh = (fresh,) if isinstance(fresh, str) else tuple(fresh)
         self.allow_nan = allow_nan
         self.inflate_stem = inflate_stem
+
+    def before_run(self, runner: Runner) -> None:
+        """Let mmengine read this run's checkpoint, and no other file, by ``read_checkpoint``.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        filename = runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None)
+        if filename is not None and (filename.startswith(('http://', 'https://')) or '://' not in filename):
+            register_checkpoint_loaders(re.escape(filename))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Audit a checkpoint, and leave in it what the model is to load.
@@ -62,23 +69,34 @@ class LoadAuditHook(Hook):
                 fresh.
 
         Raises:
-            CheckpointError: If the checkpoint does not hold what it should.
+            CheckpointError: If the checkpoint does not hold what it should, or if a run is to be resumed whose
+                parameters had other names.
         """
         model = _unwrap(runner.model)
-        converted = to_mmengine(checkpoint)
-        if converted is not None and converted is not checkpoint:
+        converted = to_mmengine(checkpoint) or checkpoint
+        renamed = converted is not checkpoint
+        if renamed:
             checkpoint.clear()
             checkpoint.update(converted)
         state = checkpoint.get('state_dict', checkpoint)
-        source = pop_note(state) or 'the checkpoint'
+        note = pop_note(state)
+        source = note.get('file', 'the checkpoint')
         checkpoint['state_dict'] = self._audited(state, model, source)
-        if 'ema_state_dict' in checkpoint and runner._resume:
+        if not runner._resume:
+            return
+        if renamed or note.get('renamed'):
+            raise CheckpointError(
+                f'cannot resume from {source}: its parameters have the names and the order of the original release or '
+                'of an earlier version, so that its optimizer state fits others: start from its weights, by load_from '
+                'without resume'
+            )
+        if 'ema_state_dict' in checkpoint:
             averaged = {k[len('module.') :]: v for k, v in checkpoint['ema_state_dict'].items() if k != 'steps'}
             self._audited(averaged, model, f'{source} (ema_state_dict)')
 
     def _audited(self, state: dict, model: nn.Module, source: str) -> OrderedDict:
-        report = audit_model(state, model, source, self.fresh, self.inflate_stem)
-        report.check(self.max_missing, self.allow_nan, 'default_hooks.load_audit')
+        report = audit(state, model, source, None, self.fresh, self.inflate_stem, 'default_hooks.load_audit')
+        report.check(self.max_missing, self.allow_nan)
         audited = OrderedDict({**model.state_dict(), **report.weights})
         if hasattr(state, '_metadata'):
             audited._metadata = state._metadata

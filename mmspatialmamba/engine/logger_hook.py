@@ -8,17 +8,12 @@ from mmengine.runner import Runner
 
 @HOOKS.register_module()
 class MainProcessLoggerHook(LoggerHook):
-    """mmengine's ``LoggerHook``, of which the main process alone writes the metrics of a test.
+    """Version of mmengine's ``LoggerHook`` whose main process alone writes the metrics of a test.
 
-    In mmengine every process writes the same JSON file, at the same time, and the file may end up as a mixture.
+    In mmengine every process writes the same JSON file at the same time, which may mix their lines.
     """
 
     @master_only
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Log the metrics and write them to a JSON file in ``runner.log_dir``.
-
-        Args:
-            runner (Runner): The runner of the test.
-            metrics (dict[str, float], optional): Evaluation results. Defaults to None.
-        """
+        """Log the metrics of a test, and write them to a JSON file in ``runner.log_dir``."""
         super().after_test_epoch(runner, metrics)

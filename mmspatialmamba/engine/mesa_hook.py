@@ -13,20 +13,19 @@ from torch.nn import functional as F
 
 @HOOKS.register_module()
 class MESAHook(Hook):
-    """Self-distillation of a classifier from the moving average of its own weights, as in MESA.
+    """Self-distillation of a classifier from the moving average of its own weights (MESA).
 
-    From a share of the training on, the loss gets a second term: ``loss_weight`` times the cross-entropy between the
-    model's logits and the softmax of the EMA model's. The EMA model is that of the ``EMAHook`` beside this hook. It
-    sees the same images, after mixup and cutmix, in evaluation mode, without gradient and under the same autocast.
+    After a share of the training the loss gets a second term: ``loss_weight`` times the cross-entropy between the
+    model's logits and the softmax of the EMA model's logits. The EMA model is that of the ``EMAHook`` beside this hook.
+    It sees the same images, after mixup and cutmix, in evaluation mode, without gradient and under the same autocast.
 
-    The log then has the new term as ``mesa_loss``, the head's own as ``cls_loss`` and their sum as ``loss``. The hook
-    has no state: a resumed training goes on with the EMA weights that ``EMAHook`` saved, and the start follows from the
-    iteration.
+    The log names the second term ``mesa_loss``, the head's loss ``cls_loss`` and their sum ``loss``. The hook has no
+    state: ``EMAHook`` saves the EMA weights, and the iteration tells whether the second term has begun.
 
     Args:
-        loss_weight (float): Weight of the loss, at least 0.
-        begin (float): Share of the training's iterations that go without it, at least 0 and below 1. Defaults to 0.25:
-            of 300 epochs, number 75, counted from 0, is the first with it.
+        loss_weight (float): Weight of the second term, at least 0.
+        begin (float): Share of the training without it, at least 0 and below 1. Defaults to 0.25: of 300 epochs, number
+            75, counted from 0, is the first with it.
 
     Raises:
         ValueError: If ``loss_weight`` or ``begin`` is out of its range.
@@ -49,11 +48,7 @@ class MESAHook(Hook):
         self._handles: list = []
 
     def before_train(self, runner: Runner) -> None:
-        """Find the model and its moving average.
-
-        Args:
-            runner (Runner): The runner of the training. Its model is a classifier whose ``head`` returns logits of
-                shape (batch, classes), as mmpretrain's ``ImageClassifier`` has one.
+        """Find the model, whose ``head`` returns logits of shape (batch, classes), and its moving average.
 
         Raises:
             ValueError: If the runner has no ``EMAHook``.
@@ -71,13 +66,7 @@ class MESAHook(Hook):
         self.ema_model = ema_hook.ema_model.module.eval()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
-        """Add the loss to the model's from the iteration on that ``begin`` stands for.
-
-        Args:
-            runner (Runner): The runner of the training.
-            batch_idx (int): Index of the batch within the epoch.
-            data_batch (dict, optional): The batch. Defaults to None.
-        """
+        """Add the second term to the model's loss from the share ``begin`` of the training on."""
         if self._handles or runner.iter < self.begin * runner.max_iters:
             return
         runner.logger.info(f'MESA, weight {self.loss_weight}, from iteration {runner.iter} on')
@@ -87,11 +76,7 @@ class MESAHook(Hook):
         ]
 
     def after_train(self, runner: Runner) -> None:
-        """Leave the model as it was.
-
-        Args:
-            runner (Runner): The runner of the training.
-        """
+        """Remove the second term."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,4 +1,4 @@
-"""Let ``torch.load`` read the training checkpoints mmengine writes, with ``weights_only`` on."""
+"""Allow-list for reading mmengine's training checkpoints by ``torch.load`` with ``weights_only``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,7 @@ _METHODS = {
 
 
 def _stored_method(owner: type, name: str):
-    """Stand in for ``getattr`` in a checkpoint: look up the few methods mmengine stores, no others.
-
-    Args:
-        owner (type): The class the checkpoint names.
-        name (str): The attribute the checkpoint names.
-
-    Returns:
-        Callable: The function ``owner.name``.
-
-    Raises:
-        pickle.UnpicklingError: If mmengine stores no such method in its checkpoints.
-    """
+    """Look up ``owner.name`` in place of ``getattr``, for the few methods that mmengine stores, and no others."""
     for cls, names in _METHODS.items():
         if owner is cls and name in names:
             return getattr(cls, name)
@@ -39,19 +28,18 @@ def _stored_method(owner: type, name: str):
 
 
 def allow_training_checkpoints() -> None:
-    """Allow-list what mmengine's training checkpoints hold besides tensors and plain containers.
+    """Add to torch's allow-list what mmengine's training checkpoints hold besides tensors and plain containers.
 
-    Since torch 2.6 ``torch.load`` refuses every class it does not know. The training state that
-    mmengine saves has log histories (``HistoryBuffer``: float64 and int64 arrays, and its own
-    statistics methods), NumPy scalars (the ETA; a best score, float32 from mmseg's mIoU) and the
-    annealing function of a one-cycle schedule. Exactly these are added, under NumPy 1's and
-    NumPy 2's module names; ``getattr``, by which pickle refers to a method, is replaced with a
-    look-up limited to those methods. The settings in the original release's checkpoints, a ``yacs``
-    ``CfgNode``, are read as a plain ``OrderedDict``. Does nothing on torch older than 2.6, which has no such list.
+    Since torch 2.6 ``torch.load`` refuses every class that it does not know; older versions have no such list, and this
+    does nothing there. mmengine saves log histories (``HistoryBuffer``: float64 and int64 arrays, and its own
+    statistics methods), NumPy scalars (the ETA; a best score, float32 from mmseg's mIoU) and the annealing function of
+    a one-cycle schedule. Exactly these are added, under the module names of NumPy 1 and NumPy 2. ``getattr``, by which
+    pickle refers to a method, becomes a look-up of those methods. The settings in the original release's checkpoints, a
+    ``yacs`` ``CfgNode``, become an ``OrderedDict``.
 
-    Security: ``HistoryBuffer.__setstate__`` stores the callables it is given as statistics methods
-    of the whole process, so a forged file can spoil logged statistics; but each of those callables
-    is itself limited to this list and torch's own, so it cannot run code.
+    Security: ``HistoryBuffer.__setstate__`` stores the callables it is given as statistics methods of the whole
+    process, so a forged file can spoil logged statistics. Each of those callables is limited to this list and torch's
+    own, so it cannot run code.
     """
     if torch.__version__ < (2, 6):
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+import shutil
 import sys
 from collections import OrderedDict
 
@@ -14,12 +16,12 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseTTAModel
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from test_checkpoint.files import ARCH, backbone_state, classifier_state, published_classifier, same, small, snapshot
-from test_checkpoint.test_refusals import Model, make_runner
+from test_checkpoint.test_refusals import Model, make_runner, run
 from torch import nn
 
-from mmspatialmamba.checkpoint import CheckpointError, inflate, read_checkpoint
+from mmspatialmamba.checkpoint import CheckpointError, inflate, read_checkpoint, register_checkpoint_loaders
 from mmspatialmamba.models import MM_SpatialMamba
-from mmspatialmamba.models.utils import from_upstream
+from mmspatialmamba.models.utils import from_upstream, to_upstream
 
 ALL = 'all 174 parameters and 24 buffers that {} should hold were loaded'
 
@@ -130,13 +132,16 @@ def load_by_ema(way, path, tmp_path):
         return backbone
     model = Model()
     if way == 'load_checkpoint':
+        register_checkpoint_loaders()
         load_checkpoint(model, path)
+    elif way == 'load_from':
+        run(make_runner(model, tmp_path / 'work', load_from=path))
     else:
-        make_runner(model, tmp_path / 'work', load_from=path).load_or_resume()
+        make_runner(model, tmp_path / 'work').load_checkpoint(path)
     return model.backbone
 
 
-@pytest.mark.parametrize('way', ['init_cfg', 'pretrained', 'load_checkpoint', 'load_from'])
+@pytest.mark.parametrize('way', ['init_cfg', 'pretrained', 'load_checkpoint', 'load_from', 'by mmengine'])
 def test_average_is_chosen_by_name(published, tmp_path, way):
     for path, seed in ((published, 0), (f'ema://{published}', 1)):
         backbone = load_by_ema(way, path, tmp_path)
@@ -210,6 +215,44 @@ def test_resume_with_an_average_is_audited_and_exact(trained, tmp_path):
         runner.load_checkpoint(str(tmp_path / 'x.pth'))
 
 
+def rename(checkpoint, name):
+    """Give a training checkpoint other names, and so the parameters another order."""
+    renamed = {key: OrderedDict() for key in ('state_dict', 'ema_state_dict')}
+    for key, state in renamed.items():
+        state.update((name(old), value) for old, value in sorted(checkpoint[key].items()))
+    return {**checkpoint, **renamed}
+
+
+NAMES = {
+    'earlier version': lambda name: name.replace('.mixer.ln.', '.ln1.').replace('.mlp.ln.', '.ln2.'),
+    'original release': lambda name: re.sub(r'backbone\.(.*)', lambda match: 'backbone.' + to_upstream(match[1]), name),
+}
+
+
+@pytest.mark.parametrize('source', NAMES)
+def test_other_names_give_weights_but_no_optimizer_state(trained, tmp_path, source):
+    path, expected, _ = trained
+    average = torch.load(path, weights_only=True)['state_dict']
+    checkpoint = rename(torch.load(path, weights_only=True), NAMES[source])
+    assert checkpoint['state_dict'].keys() != average.keys() and 'optimizer' in checkpoint
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    path, model = str(tmp_path / 'x.pth'), Model()
+    run(make_runner(model, tmp_path / 'work', load_from=path))
+    assert same(snapshot(model), average)
+    assert same(snapshot(init(path, out_indices=-1)[0]), {k[9:]: v for k, v in average.items() if k[:9] == 'backbone.'})
+    model = Model()
+    model.load_state_dict(checkpoint['state_dict'])
+    assert same(snapshot(model), average)
+    says = r'cannot resume from {}: .* start from its weights, by load_from without resume'
+    with pytest.raises(CheckpointError, match=says.format(path)) as caught:
+        run(make_runner(Model(), tmp_path / 'work', load_from=path, resume=True))
+    assert '\n' not in str(caught.value)
+    # Read by mmengine's own loader.
+    again = shutil.copy(path, tmp_path / 'y.pth')
+    with pytest.raises(CheckpointError, match=says.format('the checkpoint')):
+        make_runner(Model(), tmp_path / 'work', resume=True).load_checkpoint(str(again))
+
+
 @pytest.mark.parametrize(
     'depths, embed_dims, problem, row',
     [
@@ -248,13 +291,14 @@ def test_half_a_file(tmp_path, lines):
 
 def test_max_missing(tmp_path, lines):
     path, state = str(tmp_path / 'x.pth'), classifier_state()
-    del state['layers.0.blocks.0.ln_1.weight'], state['layers.0.blocks.0.ln_1.bias']
+    mixer = 'layers.0.blocks.0.self_attention'
+    del state[f'{mixer}.in_proj.weight'], state[f'{mixer}.conv2d.bias']
     torch.save({'model': state}, path)
     with pytest.raises(CheckpointError, match="2 missing .*set max_missing in the backbone's init_cfg"):
         init(path, max_missing=1)
     backbone, before = init(path, max_missing=2)
-    assert torch.equal(backbone.stages[0][0].ln1.weight, before['stages.0.0.ln1.weight'])
-    assert torch.equal(backbone.stages[0][0].ln2.weight, state['layers.0.blocks.0.ln_2.weight'])
+    assert torch.equal(backbone.stages[0][0].mixer.in_proj.weight, before['stages.0.0.mixer.in_proj.weight'])
+    assert torch.equal(backbone.stages[0][0].mixer.out_proj.weight, state[f'{mixer}.out_proj.weight'])
     assert [level for level, _ in audits(lines)] == [logging.WARNING, logging.WARNING]
 
 
@@ -287,11 +331,11 @@ def test_inflation_repeats_the_kernels_in_turn():
 
 def test_nan_may_be_allowed(tmp_path):
     path, state = str(tmp_path / 'x.pth'), classifier_state()
-    state['layers.1.blocks.0.ln_1.bias'][0] = float('nan')
+    state['layers.1.blocks.0.self_attention.Ds'][0] = float('nan')
     torch.save({'model': state}, path)
-    with pytest.raises(CheckpointError, match=r'stages.1.0.ln1.bias holds NaN .*set allow_nan=True in the backbone'):
+    with pytest.raises(CheckpointError, match=r'stages.1.0.mixer.D holds NaN .*set allow_nan=True in the backbone'):
         init(path)
-    assert init(path, allow_nan=True)[0].stages[1][0].ln1.bias[0].isnan()
+    assert init(path, allow_nan=True)[0].stages[1][0].mixer.D[0].isnan()
 
 
 def test_unknown_options_are_errors(published):
@@ -304,7 +348,8 @@ def test_other_initialisers_come_first_and_are_overwritten(published):
     backbone = small(init_cfg=configs)
     backbone.init_weights()
     assert backbone.norm0.weight[0] == 7
-    assert torch.equal(backbone.stages[0][0].ln1.weight, classifier_state()['layers.0.blocks.0.ln_1.weight'])
+    norm, name = backbone.stages[0][0].mixer.out_norm, 'layers.0.blocks.0.self_attention.out_norm.weight'
+    assert torch.equal(norm.weight, classifier_state()[name])
     assert backbone.init_cfg == configs
 
 
@@ -340,7 +385,7 @@ def run_hook(model, path, tmp_path, **options):
         load_from=path,
         experiment_name=f'hook{len(MMLogger._instance_dict)}',
     )
-    runner.load_or_resume()
+    run(runner)
     log = next((tmp_path / 'work').glob(f'{runner.timestamp}*/*.log')).read_text()
     return log
 
@@ -418,6 +463,7 @@ def test_hook_sees_through_test_time_augmentation(published, tmp_path):
 
 
 def test_without_the_hook_the_backbone_audits(published, tmp_path, lines):
+    register_checkpoint_loaders()
     model = Detector()
     load_checkpoint(model, published, logger='current')
     assert audits(lines) == [(logging.INFO, ALL.format(published) + '; fresh: 4 output norms')]
@@ -433,6 +479,7 @@ def test_without_the_hook_the_backbone_audits(published, tmp_path, lines):
 def test_without_the_hook_another_networks_file_is_refused(tmp_path, key):
     state = {'layers.0.blocks.0.attn.qkv.weight': torch.ones(2, 2)}
     torch.save(state if key is None else {key: state, 'epoch': 3}, tmp_path / 'swin.pth')
+    register_checkpoint_loaders()
     model = Detector()
     before = snapshot(model)
     with pytest.raises(
@@ -470,6 +517,7 @@ def test_other_models_files_load_as_they_are(tmp_path):
     checkpoint['state_dict']['bias'][0] = float('nan')
     path = str(tmp_path / 'linear.pth')
     torch.save(checkpoint, path)
+    register_checkpoint_loaders()
     loaded = CheckpointLoader.load_checkpoint(path)
     assert list(loaded) == list(checkpoint) and loaded['meta'] == checkpoint['meta']
     model = nn.Linear(2, 2)
@@ -490,7 +538,10 @@ def test_settings_of_the_original_release_are_read_as_plain_dicts(tmp_path, monk
     monkeypatch.delitem(sys.modules, 'yacs.config')
     monkeypatch.delitem(sys.modules, 'yacs')
     init(path)
-    assert torch.load(path)['config'] == {'MODEL': {'DEPTHS': [1, 1]}, 'AUG': {'MIXUP': 0.8, 'CUTMIX': None}}
+    assert torch.load(path, weights_only=True)['config'] == {
+        'MODEL': {'DEPTHS': [1, 1]},
+        'AUG': {'MIXUP': 0.8, 'CUTMIX': None},
+    }
 
 
 def test_a_checkpoint_that_was_read_can_be_saved_again(published, tmp_path):

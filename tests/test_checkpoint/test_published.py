@@ -17,6 +17,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from test_checkpoint.files import ARCH, backbone_state, published_classifier
 
+from mmspatialmamba.checkpoint import register_checkpoint_loaders
 from mmspatialmamba.datasets.photo_digits import make_photo_digits
 from mmspatialmamba.models import MM_SpatialMamba, SpatialMamba
 
@@ -92,6 +93,7 @@ def load_by_runner(library, path, work_dir):
         model.data_preprocessor = cfg.data_preprocessor
     hooks = dict(load_audit=dict(type='LoadAuditHook'))
     runner = Runner(model, str(work_dir), default_hooks=hooks, load_from=path, default_scope=library)
+    runner.call_hook('before_run')
     runner.load_or_resume()
     log = next(work_dir.glob('*/*.log')).read_text()
     assert 'parameters and' in log and 'do not match' not in log
@@ -102,6 +104,7 @@ def load_by_api(library, path, work_dir):
     """What the libraries' inference functions do."""
     module = importlib.import_module(f'{library}.apis')
     if library == 'mmpretrain':
+        register_checkpoint_loaders()
         return module.get_model(load_config(library), pretrained=path, device='cpu')
     return getattr(module, APIS[library])(load_config(library), path, device='cpu')
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from test_checkpoint.files import (
     ARCH,
     BROKEN,
@@ -24,7 +25,7 @@ from test_checkpoint.files import (
 )
 from torch import nn
 
-from mmspatialmamba.checkpoint import CheckpointError, read_checkpoint
+from mmspatialmamba.checkpoint import CheckpointError, read_checkpoint, register_checkpoint_loaders
 from mmspatialmamba.models import MM_SpatialMamba
 
 
@@ -58,38 +59,52 @@ def by_pretrained(path, work_dir):
     return backbone, backbone.init_weights
 
 
+def run(runner):
+    """What the runner's ``train``, ``val`` and ``test`` do first."""
+    runner.call_hook('before_run')
+    runner.load_or_resume()
+
+
 def by_load_from(path, work_dir):
     model = Model()
-    return model, make_runner(model, work_dir, load_from=path).load_or_resume
+    return model, partial(run, make_runner(model, work_dir, load_from=path))
 
 
 def by_resume(path, work_dir):
     model = Model()
-    return model, make_runner(model, work_dir, load_from=path, resume=True).load_or_resume
+    return model, partial(run, make_runner(model, work_dir, load_from=path, resume=True))
+
+
+def by_resume_of_the_last(path, work_dir):
+    work_dir.mkdir()
+    (work_dir / 'last_checkpoint').write_text(path)
+    model = Model()
+    return model, partial(run, make_runner(model, work_dir, resume=True))
 
 
 def by_runner_without_hook(path, work_dir):
+    register_checkpoint_loaders()
     model = Model()
-    return model, make_runner(model, work_dir, hook=False, load_from=path).load_or_resume
+    return model, partial(run, make_runner(model, work_dir, hook=False, load_from=path))
 
 
 def by_load_checkpoint(path, work_dir):
+    register_checkpoint_loaders()
     model = Model()
     return model, partial(load_checkpoint, model, path)
 
 
 def by_ema(path, work_dir):
-    return by_load_checkpoint(f'ema://{path}', work_dir)
+    model = Model()
+    return model, partial(load_checkpoint, model, f'ema://{path}')
 
 
 PATHS = [by_init_cfg, by_pretrained, by_load_from, by_resume, by_runner_without_hook, by_load_checkpoint]
-
-
 # Every kind of file through the three loaders that differ, and a few through what is built on them.
 CASES = [(kind, way) for way in (by_init_cfg, by_load_from, by_load_checkpoint) for kind in BROKEN]
 CASES += [
     (kind, way)
-    for way in (by_pretrained, by_resume, by_runner_without_hook)
+    for way in (by_pretrained, by_resume, by_resume_of_the_last, by_runner_without_hook)
     for kind in ('missing', 'truncated', 'os.system', 'nan')
 ]
 
@@ -137,15 +152,24 @@ def test_damaged_bytes_give_one_line(tmp_path, seed):
         assert str(path) in str(error) and '\n' not in str(error)
 
 
-def test_another_networks_weights_are_refused(tmp_path):
+@pytest.mark.parametrize('way', PATHS, ids=lambda way: way.__name__)
+def test_another_networks_weights_are_refused(tmp_path, way):
     path = str(tmp_path / 'resnet.pth')
     torch.save({'state_dict': nn.Sequential(nn.Linear(2, 2)).state_dict()}, path)
-    for way in PATHS:
-        module, load = way(path, tmp_path / 'work')
-        before = snapshot(module)
-        with pytest.raises(CheckpointError, match='resnet.pth (does not fit|holds no weights of a Spatial-Mamba)'):
-            load()
-        assert same(snapshot(module), before)
+    module, load = way(path, tmp_path / 'work')
+    before = snapshot(module)
+    with pytest.raises(CheckpointError, match='resnet.pth (does not fit|holds no weights of a Spatial-Mamba)'):
+        load()
+    assert same(snapshot(module), before)
+
+
+def test_the_hook_reads_its_runs_file_and_no_other(tmp_path):
+    hostile = write_broken('os.system', tmp_path)
+    torch.save(published_classifier(), tmp_path / 'good.pth')
+    _, load = by_load_from(str(tmp_path / 'good.pth'), tmp_path / 'work')
+    load()
+    with pytest.raises(pickle.UnpicklingError):
+        CheckpointLoader.load_checkpoint(hostile)
 
 
 class Handler(SimpleHTTPRequestHandler):

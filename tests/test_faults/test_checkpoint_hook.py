@@ -153,6 +153,18 @@ def test_is_intact(checkpoints, damage, intact):
     assert is_intact(checkpoints[10]) is intact
 
 
+def test_damage_in_the_table_of_contents_is_no_error(checkpoints):
+    """zipfile raises errors of many classes there."""
+    data = checkpoints[10].read_bytes()
+    start = data.index(b'PK\x01\x02')
+    for position in range(start, len(data)):
+        for bit in (0, 3, 7):
+            checkpoints[10].write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            assert is_intact(checkpoints[10]) in (True, False)
+    checkpoints[10].write_bytes(data[:start] + bytes(len(data) - start))
+    assert not is_intact(checkpoints[10])
+
+
 @pytest.mark.parametrize(
     ('last', 'damaged', 'expected'),
     [(10, [], 10), (9, [], 9), (10, [10], 9), (9, [9], 2), (10, [10, 9, 2], 1), (10, [1, 2, 9, 10], None)],

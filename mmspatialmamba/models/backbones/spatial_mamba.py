@@ -156,9 +156,9 @@ class SpatialMamba(BaseModule):
         return tuple(sorted({i % self.num_stages for i in indices}))
 
     def _prepare_to_load(self, state_dict, prefix, local_metadata, *args):
-        """Rename the original release's keys, strip 'backbone.' where a bare backbone loads a whole model's, and audit.
+        """Rename keys of the original release and of earlier versions, and audit what ``read_checkpoint`` has read.
 
-        Only what mmengine has read from a file, which its metadata tells, is audited.
+        A bare backbone takes its part, below 'backbone.', of a whole model's state dict. Metadata tell the file.
         """
         if not prefix and not any(key.startswith(('stem.', 'patch_embed.')) for key in state_dict):
             for key in [key for key in state_dict if key.startswith('backbone.')]:
@@ -174,16 +174,15 @@ class SpatialMamba(BaseModule):
     def _audit(self, state_dict, prefix, note):
         """Refuse a file's weights that are not this backbone's; leave in ``state_dict`` what to load."""
         # Imported late: reading files needs much of mmengine, and building the backbone little.
-        from mmspatialmamba.checkpoint import audit_backbone
+        from mmspatialmamba.checkpoint import audit
 
         inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not prefix:
             # A whole model's file, of which a bare backbone takes its part.
             inside = {key: value for key, value in inside.items() if key.startswith((*self._modules, 'norm'))}
         options = "default_hooks=dict(load_audit=dict(type='LoadAuditHook'))"
-        report = audit_backbone(inside, self, note['file'], note['classifier'], options=options)
-        report.nonfinite = note['nonfinite']
-        report.check(0, False, options)
+        report = audit(inside, self, note['file'], note['classifier'], options=options)
+        report.check(0, False)
         for name in report.fresh:
             state_dict[prefix + name] = self.get_parameter(name)
 
