@@ -138,11 +138,11 @@ def gated_layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tens
     Returns:
         Tensor: ``linear(norm(x) * silu(gate))``.
     """
-    gated = partial(gated_layer_norm, eps=norm.eps)
     if torch.is_grad_enabled() and _are_plain(norm, linear):
+        gated = partial(gated_layer_norm, eps=norm.eps)
         return _RecomputedLinear.apply(gated, linear.weight, linear.bias, x, gate, norm.weight, norm.bias)
     if _are_plain(norm):
-        return linear(gated(x, gate, norm.weight, norm.bias))
+        return linear(gated_layer_norm(x, gate, norm.weight, norm.bias, norm.eps))
     return linear(norm(x) * F.silu(gate))
 
 
