@@ -99,6 +99,18 @@ def test_stock_test_reports_the_metric_and_paints(trained, workspace, tmp_path):
     assert [*tmp_path.rglob('*.png'), *tmp_path.rglob('*.jpg')]
 
 
+def test_prepared_copies_reach_the_same_metrics(trained, workspace, tmp_path):
+    library, checkpoint, _ = trained
+    command = [sys.executable, ROOT / 'tools' / 'test.py', config_of(library), checkpoint, '--work-dir']
+    run(workspace, *command, tmp_path / 'model')
+    output = run(workspace, *command, tmp_path / 'prepared', '--prepare')
+    assert 'testing with a copy of the model prepared for CPU inference' in output
+    metrics = read_metrics(tmp_path / 'prepared')
+    for name, value in read_metrics(tmp_path / 'model').items():
+        if 'time' not in name:
+            assert metrics[name] == pytest.approx(value, rel=1e-2, abs=1e-2), name
+
+
 def test_tta_reports_the_metric(trained, workspace, tmp_path):
     library, checkpoint, _ = trained
     script = ROOT / 'tools' / 'test.py'
@@ -145,6 +157,6 @@ def test_two_processes_train_from_classifier_weights_and_test(workspace, pretrai
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     run(
         workspace, 'bash', ROOT / 'tools' / 'dist_test.sh', config_of(library), checkpoint, 2,
-        '--work-dir', tmp_path / 'test', *(['--tta'] if library == 'mmseg' else []),
+        '--work-dir', tmp_path / 'test', *(['--tta'] if library == 'mmseg' else ['--prepare']),
     )  # fmt: skip
     assert LIBRARIES[library][1] in read_metrics(tmp_path / 'test')
