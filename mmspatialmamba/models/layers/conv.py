@@ -50,5 +50,4 @@ class ConvLayer(nn.Sequential):
         if norm is not None:
             self.norm = norm(out_channels)
         if act:
-            # A pointwise convolution's output is a view: to write into it, autograd would copy the whole map.
-            self.act = nn.ReLU(inplace=kernel_size > 1)
+            self.act = nn.ReLU()

@@ -1,13 +1,15 @@
 """Fusions across modules: the same mathematics in fewer passes over memory, or with fewer tensors kept for backward.
 
 Each function takes modules and computes what calling them in turn computes. It does so in a fused way only where all of
-them are plain (:func:`_are_plain`), and calls them otherwise.
+them are plain (:func:`_are_plain`), and calls them otherwise. Backward passes run in the context of their forward pass:
+with its autocast state, and on its backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware
 _FORWARDS: dict[type, Callable] = {cls: cls.forward for cls in (nn.Conv2d, nn.LayerNorm, nn.Linear)}
 _NAMES = {'weight', 'bias'}
 _TENSORS = (nn.Parameter, torch.Tensor)
-_WINDOW = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
+_GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
 
 
 def _are_plain(*modules: nn.Module) -> bool:
@@ -58,8 +60,8 @@ def _are_plain(*modules: nn.Module) -> bool:
                 return False
         if type(module) is nn.Conv2d:
             per_group = module.in_channels // module.groups, module.out_channels // module.groups
-            window = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
-            if per_group != (1, 1) or window != _WINDOW:
+            geometry = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
+            if per_group != (1, 1) or geometry != _GEOMETRY:
                 return False
     return True
 
@@ -107,7 +109,9 @@ def layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tensor) ->
     """
     if torch.is_grad_enabled() and _are_plain(norm, linear):
         normalise = partial(_layer_norm, norm.eps)
-        return _RecomputedLinear.apply(normalise, linear.weight, linear.bias, x, norm.weight, norm.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = _RecomputedLinear.apply(normalise, linear.weight, linear.bias, rows, norm.weight, norm.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return linear(norm(x))
 
 
@@ -122,7 +126,8 @@ def gelu_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         Tensor: ``linear(gelu(x))``.
     """
     if torch.is_grad_enabled() and _are_plain(linear):
-        return _RecomputedLinear.apply(F.gelu, linear.weight, linear.bias, x)
+        y = _RecomputedLinear.apply(F.gelu, linear.weight, linear.bias, x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
     return linear(F.gelu(x))
 
 
@@ -140,7 +145,9 @@ def gated_layer_norm_linear(norm: nn.LayerNorm, linear: nn.Linear, x: torch.Tens
     """
     if torch.is_grad_enabled() and _are_plain(norm, linear):
         gated = partial(gated_layer_norm, eps=norm.eps)
-        return _RecomputedLinear.apply(gated, linear.weight, linear.bias, x, gate, norm.weight, norm.bias)
+        rows, gates = x.reshape(-1, x.shape[-1]), gate.reshape(-1, gate.shape[-1])
+        y = _RecomputedLinear.apply(gated, linear.weight, linear.bias, rows, gates, norm.weight, norm.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
     if _are_plain(norm):
         return linear(gated_layer_norm(x, gate, norm.weight, norm.bias, norm.eps))
     return linear(norm(x) * F.silu(gate))
@@ -200,45 +207,47 @@ def _leaves(tensors: Sequence[torch.Tensor], create_graph: bool) -> list[torch.T
 
 
 class _RecomputedLinear(torch.autograd.Function):
-    """``linear(function(*inputs))`` that keeps the inputs, and computes the function again in backward."""
+    """``linear(function(*inputs))`` of (rows, channels) that keeps the inputs, and computes the function again."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable, weight: torch.Tensor, bias: torch.Tensor | None, *inputs: torch.Tensor):
-        ctx.function, ctx.autocast = function, _autocast_state(weight.device.type)
+        ctx.function, ctx.context, ctx.autocast = function, copy_context(), _autocast_state(weight.device.type)
         ctx.save_for_backward(weight, *inputs)
         with ctx.autocast():
             return F.linear(function(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
+        return ctx.context.copy().run(_RecomputedLinear._gradients, ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: torch.Tensor):
         weight, *inputs = ctx.saved_tensors
         _, of_weight, of_bias, *of_inputs = ctx.needs_input_grad
         create_graph = torch.is_grad_enabled()
+        grads: list[torch.Tensor | None] = [None] * (len(inputs) + 3)
         with ctx.autocast():
             with torch.enable_grad():
                 leaves = _leaves(inputs, create_graph)
                 hidden = ctx.function(*leaves)
-            rows = grad.flatten(0, -2)
-            grad_weight = grad_bias = None
-            grads_inputs: list[torch.Tensor | None] = [None] * len(inputs)
             if of_weight:
-                grad_weight = rows.t() @ hidden.flatten(0, -2).to(grad.dtype)
+                grads[1] = grad.t() @ hidden.to(grad.dtype)
             if of_bias:
-                grad_bias = rows.sum(0)
+                grads[2] = grad.sum(0)
             if any(of_inputs):
                 grad_hidden = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
                 needed = [leaf for leaf, needs in zip(leaves, of_inputs) if needs]
                 found = iter(torch.autograd.grad(hidden, needed, grad_hidden, create_graph=create_graph))
-                grads_inputs = [next(found) if needs else None for needs in of_inputs]
-        return None, grad_weight, grad_bias, *grads_inputs
+                grads[3:] = [next(found) if needs else None for needs in of_inputs]
+        return tuple(grads)
 
 
 class _RecomputedScan(torch.autograd.Function):
-    """The scan of ``linear(dt)`` that keeps ``dt``, and projects it again in backward."""
+    """The scan of ``linear(dt)`` that keeps ``dt``, and projects it again."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, dt: torch.Tensor, u: torch.Tensor, *parameters: torch.Tensor):
-        ctx.autocast = _autocast_state(u.device.type)
+        ctx.context, ctx.autocast = copy_context(), _autocast_state(u.device.type)
         ctx.save_for_backward(weight, dt, u, *parameters)
         A, B, C, D, k1, k3, k5, alpha, dt_bias = parameters
         with ctx.autocast():
@@ -247,6 +256,10 @@ class _RecomputedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
+        return ctx.context.copy().run(_RecomputedScan._gradients, ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: torch.Tensor):
         weight, dt, u, *parameters = ctx.saved_tensors
         A, B, C, D, k1, k3, k5, alpha, dt_bias = parameters
         with ctx.autocast():
@@ -255,6 +268,6 @@ class _RecomputedScan(torch.autograd.Function):
                 grad, u, delta, A, B, C, D, (k1, k3, k5), alpha, dt_bias
             )
             grad_delta = grad_delta.permute(0, 2, 3, 1)
-            rows, dts = grad_delta.flatten(0, -2), dt.flatten(0, -2).to(grad_delta.dtype)
-            grad_weight, grad_dt = rows.t() @ dts, grad_delta @ weight.to(grad_delta.dtype)
+            rows, steps = grad_delta.reshape(-1, delta.shape[1]), dt.reshape(-1, dt.shape[-1])
+            grad_weight, grad_dt = rows.t() @ steps.to(rows.dtype), grad_delta @ weight.to(rows.dtype)
         return grad_weight, grad_dt, grad_u, *grads

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -9,24 +9,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let the BatchNorm layers within a module update copies of their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
-    for norm, name, buffer in buffers:
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, name, buffer in buffers:
+class _CopiedStatistics:
+    """Context in which the BatchNorm layers of a module update copies of their running statistics."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
+        self.buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+        for norm, name, buffer in self.buffers:
+            setattr(norm, name, buffer.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for norm, name, buffer in self.buffers:
             setattr(norm, name, buffer)
 
 
 def recompute(module: nn.Module, function: Callable, x: torch.Tensor) -> torch.Tensor:
     """Checkpoint a module's forward pass: recompute its activations in backward instead of keeping them.
 
-    BatchNorm layers update their running statistics once.
+    BatchNorm layers update their running statistics once. The module must be the same in both passes: hooks added or
+    removed in between are an error.
 
     Args:
         module (nn.Module): The module.
@@ -41,4 +45,4 @@ def recompute(module: nn.Module, function: Callable, x: torch.Tensor) -> torch.T
     if torch.compiler.is_compiling():
         # Compiled code updates the statistics at its end, once.
         return checkpoint(function, x, use_reentrant=False)
-    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(module)))
+    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _CopiedStatistics(module)))
