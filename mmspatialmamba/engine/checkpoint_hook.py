@@ -29,48 +29,40 @@ class CheckpointFileError(RuntimeError):
     """One line about a checkpoint that cannot be written, or about a lack of one that can be read."""
 
 
-def write_atomically(data: bytes, path: str) -> None:
-    """Write a file so that its path always holds all of the old content or all of the new.
-
-    The data go to ``path + '.incomplete'``, which takes the name ``path`` once they are on the disk.
-
-    Args:
-        data (bytes): The content.
-        path (str): The file. Its folder is created if there is none.
-
-    Raises:
-        CheckpointFileError: If it cannot be written. The old content is still there then.
-    """
-    incomplete = Path(path + INCOMPLETE)
-    try:
-        incomplete.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with incomplete.open('wb') as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(incomplete, path)
-        finally:
-            incomplete.unlink(missing_ok=True)
-        folder = os.open(incomplete.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise CheckpointFileError(
-            f'cannot write {path}: {error.strerror}. What was saved before is untouched: '
-            'when this is mended, run the same command with --resume'
-        ) from error
-
-
 @register_backend('atomic_local')
 class AtomicLocalBackend(LocalBackend):
     """Backend of local files for mmengine whose ``put`` never leaves half a file."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` to ``filepath`` by :func:`write_atomically`."""
-        write_atomically(obj, str(filepath))
+        """Write ``obj``, so that ``filepath`` always holds all of the old content or all of the new.
+
+        The data go to ``filepath + '.incomplete'``, which takes the name ``filepath`` once they are on the disk. The
+        folder is created if there is none.
+
+        Raises:
+            CheckpointFileError: If it cannot be written. The old content is still there then.
+        """
+        incomplete = Path(f'{filepath}{INCOMPLETE}')
+        try:
+            incomplete.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with incomplete.open('wb') as file:
+                    file.write(obj)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(incomplete, filepath)
+            finally:
+                incomplete.unlink(missing_ok=True)
+            folder = os.open(incomplete.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise CheckpointFileError(
+                f'cannot write {filepath}: {error.strerror}. What was saved before is untouched: '
+                'when this is mended, run the same command with --resume'
+            ) from error
 
 
 def get_random_state() -> dict:
@@ -101,14 +93,7 @@ def set_random_state(state: dict) -> None:
 
 
 def is_intact(path: str | Path) -> bool:
-    """Check a local checkpoint against the checksums of its zip archive, in one read that builds no tensor.
-
-    Args:
-        path (str | Path): The file.
-
-    Returns:
-        bool: False if the file is missing, cut short or damaged.
-    """
+    """Check a checkpoint file, which may be missing, against the checksums of its zip archive; build no tensor."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -117,22 +102,12 @@ def is_intact(path: str | Path) -> bool:
 
 
 def find_intact_checkpoint(last: str | Path, filename_tmpl: str) -> str | None:
-    """Find the newest checkpoint that is whole.
-
-    Args:
-        last (str | Path): The checkpoint saved last.
-        filename_tmpl (str): Template of the names of checkpoints, such as ``'epoch_{}.pth'``.
-
-    Returns:
-        str | None: ``last`` if it is whole, else the newest whole one of those saved before it in its folder, if any.
-    """
-    if is_intact(last):
-        return str(last)
+    """Find the newest checkpoint that is whole: ``last``, or else one saved before it in its folder, if any."""
     pattern = re.compile(re.escape(filename_tmpl).replace(r'\{\}', r'(\d+)'))
     paths = {int(match[1]): path for path in Path(last).parent.glob('*') if (match := pattern.fullmatch(path.name))}
     match = pattern.fullmatch(Path(last).name)
-    older = [step for step in sorted(paths, reverse=True) if match is None or step < int(match[1])]
-    return next((str(paths[step]) for step in older if is_intact(paths[step])), None)
+    older = [paths[step] for step in sorted(paths, reverse=True) if match is None or step < int(match[1])]
+    return next((str(path) for path in (last, *older) if is_intact(path)), None)
 
 
 def _seed_worker(init: Callable[[int], None] | None, epoch: int, worker_id: int) -> None:
@@ -183,9 +158,13 @@ class ResumableCheckpointHook(CheckpointHook):
         """
         if not runner._resume or runner._load_from is not None:
             return
-        found = [self._find_checkpoint(runner) if is_main_process() else None]
+        found = [None, None]
+        if is_main_process():
+            last = find_latest_checkpoint(runner.work_dir)
+            if last is not None and '://' not in last and not Path(last).is_dir():
+                found = [last, find_intact_checkpoint(last, self.filename_tmpl)]
         broadcast_object_list(found)
-        last, intact = found[0]
+        last, intact = found
         if last is None:
             return
         if intact is None:
@@ -196,13 +175,6 @@ class ResumableCheckpointHook(CheckpointHook):
         if intact != last:
             runner.logger.warning(f'{last} is missing or damaged: the run goes on from the one before it, {intact}')
         runner._load_from = intact
-
-    def _find_checkpoint(self, runner: Runner) -> tuple[str | None, str | None]:
-        """Find the path in ``last_checkpoint``, and that of the newest whole checkpoint."""
-        last = find_latest_checkpoint(runner.work_dir)
-        if last is None or '://' in last or Path(last).is_dir():
-            return None, None
-        return last, find_intact_checkpoint(last, self.filename_tmpl)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the random state of this process, and warn where the run cannot be the same."""
@@ -319,7 +291,7 @@ class ResumableCheckpointHook(CheckpointHook):
         )
         self._random_states = None
         if is_main_process():
-            write_atomically(self.last_ckpt.encode(), str(Path(runner.work_dir) / 'last_checkpoint'))
+            AtomicLocalBackend().put(self.last_ckpt.encode(), Path(runner.work_dir, 'last_checkpoint'))
         for old in outdated:
             self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
         if self.max_keep_ckpts > 0:

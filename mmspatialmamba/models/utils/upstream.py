@@ -59,9 +59,7 @@ def from_upstream(name: str, last_stage: int | None = None) -> str:
     """
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
-    if last_stage is not None and name.startswith('norm.'):
-        name = f'norm{last_stage}.' + name[len('norm.') :]
-    return name
+    return name if last_stage is None else re.sub(r'^norm\.', f'norm{last_stage}.', name)
 
 
 def to_upstream(name: str, last_stage: int | None = None) -> str:
