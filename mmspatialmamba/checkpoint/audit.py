@@ -23,7 +23,7 @@ from .reader import first_nonfinite, read_checkpoint
 _STEM = 'stem.conv1.conv.weight'
 _BLOCK = re.compile(r'.*?(?:stages\.\d+\.\d+|downsamples\.\d+)\.')
 _ROWS = 30
-_MISSING, _RESHAPED, _LEFT_OVER = 'missing from the file', 'of another shape', "not in the model's backbone"
+_PROBLEMS = _MISSING, _RESHAPED, _LEFT_OVER = 'missing from the file', 'of another shape', "not in the model's backbone"
 _UNUSED = 'not in the model'
 
 
@@ -49,10 +49,8 @@ class LoadReport:
     @property
     def problems(self) -> dict[str, list[str]]:
         """Names of the tensors that should be loaded and cannot be, by problem."""
-        problems = {problem: [] for problem in (_MISSING, _RESHAPED, _LEFT_OVER, _UNUSED)}
-        for name, problem, *_ in self.differences:
-            problems[problem].append(name)
-        return {problem: names for problem, names in problems.items() if names and problem != _UNUSED}
+        problems = {each: [name for name, problem, *_ in self.differences if problem == each] for each in _PROBLEMS}
+        return {problem: names for problem, names in problems.items() if names}
 
     def __str__(self) -> str:
         loaded = f'{len(self.weights) - self.buffers} parameters and {self.buffers} buffers'
@@ -267,5 +265,5 @@ def read_backbone(
     if prefix not in prefixes:
         raise CheckpointError(f'{error} below prefix {prefix!r}, but below {names}')
     inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    classifier = is_classifier(state, prefix)
-    return audit(inside, backbone, checkpoint, classifier, (), max_missing, allow_nan, inflate_stem)
+    options = dict(max_missing=max_missing, allow_nan=allow_nan, inflate_stem=inflate_stem)
+    return audit(inside, backbone, checkpoint, is_classifier(state, prefix), **options)

@@ -18,7 +18,6 @@ _FUSION = re.compile(
 )
 _IN_BACKBONE = re.compile(r'^(?:stem|stages|downsamples|norm\d*|patch_embed|layers|outnorm\d+)\.')
 _STAGE = re.compile(r'^(?:stages|layers)\.(\d+)\.')
-_CLASSIFIER_PARTS = {'data_preprocessor', 'head', 'neck'}
 
 
 def find_backbones(names: Iterable[str]) -> list[str]:
@@ -58,7 +57,7 @@ def is_classifier(names: Iterable[str], prefix: str) -> bool:
     backbone = below(names, prefix)
     norms = {int(match[1]) for match in map(re.compile(r'norm(\d+)\.').match, backbone) if match}
     others = {name.split('.')[0] for name in names if not name.startswith(prefix)}
-    return norms <= {last_stage(backbone)} and others <= _CLASSIFIER_PARTS
+    return norms <= {last_stage(backbone)} and others <= {'data_preprocessor', 'head', 'neck'}
 
 
 def new_names(names: Iterable[str]) -> dict[str, str]:

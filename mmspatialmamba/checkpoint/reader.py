@@ -9,6 +9,7 @@ import sys
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -33,21 +34,6 @@ def _one_line(error: object) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _load_safetensors(path: Path, map_location: object, source: str) -> dict:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(f'{source} needs safetensors, which is not installed: pip install safetensors') from error
-    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise CheckpointError(
-            f'{source} is cut short or not a safetensors file ({_one_line(error)}): get it again'
-        ) from error
-
-
 def _load_file(path: Path, map_location: object, source: str) -> dict:
     """Read a local file; errors call it ``source``."""
     if path.is_dir():
@@ -56,25 +42,30 @@ def _load_file(path: Path, map_location: object, source: str) -> dict:
         raise CheckpointError(f'there is no checkpoint {source} (working directory: {Path.cwd()})')
     if path.stat().st_size == 0:
         raise CheckpointError(f'{source} is empty: get it again')
-    if path.suffix == '.safetensors':
-        return _load_safetensors(path, map_location, source)
+    safetensors = path.suffix == '.safetensors'
+    if safetensors and find_spec('safetensors') is None:
+        raise CheckpointError(f'{source} needs safetensors, which is not installed: pip install safetensors')
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        if safetensors:
+            from safetensors.torch import load_file
+
+            device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+            checkpoint = load_file(path, device=str(device))
+        else:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise CheckpointError(f'cannot read {source}: {error.strerror or error}') from error
-    except Exception as error:
-        # Of many classes: torch.load checks little of what it reads.
+    except Exception as error:  # Of any class: the file decides what goes wrong.
         if refused := _REFUSED.search(str(error)):
             raise CheckpointError(
                 f'{source} is refused: loading it would run {refused[1]}, which is no part of weights; '
                 'get weights from someone you trust'
             ) from error
-        raise CheckpointError(
-            f'{source} is cut short or not a PyTorch checkpoint ({_one_line(error)}): get it again'
-        ) from error
+        kind = 'safetensors file' if safetensors else 'PyTorch checkpoint'
+        raise CheckpointError(f'{source} is cut short or not a {kind} ({_one_line(error)}): get it again') from error
     if not isinstance(checkpoint, dict) or not _has_tensor(checkpoint):
-        kind = 'a dict without tensors' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
-        raise CheckpointError(f'{source} holds {kind}, no weights: name a file that holds a dict of tensors')
+        content = 'a dict without tensors' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
+        raise CheckpointError(f'{source} holds {content}, no weights: name a file that holds a dict of tensors')
     return checkpoint
 
 
@@ -128,7 +119,10 @@ def first_nonfinite(state: dict) -> str | None:
 
 
 def _sign(checkpoint: dict, source: str, renamed: bool) -> dict:
-    """Put a note into the metadata of a checkpoint's state dict, which torch hands to every module that loads it."""
+    """Put a note into the metadata of a checkpoint's state dict, which torch hands to every module that loads it.
+
+    It says whether the file is a classifier's, and whether its weights had other names or another form.
+    """
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
         return checkpoint
@@ -146,11 +140,7 @@ def _sign(checkpoint: dict, source: str, renamed: bool) -> dict:
 
 
 def pop_note(state: dict) -> dict:
-    """Remove the note of :func:`read_checkpoint` from a state dict's metadata.
-
-    Its keys are ``file`` (the file's name), ``classifier`` (whether it is a classifier's) and ``renamed`` (whether its
-    weights had other names or another form); without a note there are none.
-    """
+    """Remove the note of :func:`read_checkpoint` from a state dict's metadata, and return it; {} if there is none."""
     notes = [entry.pop(SCOPE, None) for entry in getattr(state, '_metadata', {}).values()]
     return next(filter(None, notes), {})
 

@@ -22,11 +22,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
 
+from mmspatialmamba.checkpoint import CheckpointError
+
 INCOMPLETE = '.incomplete'
-
-
-class CheckpointFileError(RuntimeError):
-    """One line about a checkpoint that cannot be written, or about a lack of one that can be read."""
 
 
 @register_backend('atomic_local')
@@ -40,7 +38,7 @@ class AtomicLocalBackend(LocalBackend):
         folder is created if there is none.
 
         Raises:
-            CheckpointFileError: If it cannot be written. The old content is still there then.
+            CheckpointError: If it cannot be written. The old content is still there then.
         """
         incomplete = Path(f'{filepath}{INCOMPLETE}')
         try:
@@ -59,25 +57,20 @@ class AtomicLocalBackend(LocalBackend):
             finally:
                 os.close(folder)
         except OSError as error:
-            raise CheckpointFileError(
+            raise CheckpointError(
                 f'cannot write {filepath}: {error.strerror}. What was saved before is untouched: '
                 'when this is mended, run the same command with --resume'
             ) from error
 
 
 def get_random_state() -> dict:
-    """Get the states of the random generators of Python, NumPy and torch.
+    """Get the states of the random generators of Python, NumPy, torch and, where it is in use, the current CUDA device.
 
-    Returns:
-        dict: The states under 'python', 'numpy', 'torch' and, where CUDA is in use, 'cuda' (of the current device):
-        tuples and lists of numbers, and CPU tensors of uint8, which ``torch.load`` reads with ``weights_only``.
+    They are numbers, and CPU tensors of uint8, which ``torch.load`` reads with ``weights_only``.
     """
     name, keys, *rest = np.random.get_state()
-    state = {
-        'python': random.getstate(),
-        'numpy': (name, keys.tolist(), *rest),
-        'torch': torch.get_rng_state(),
-    }
+    numpy_state = name, keys.tolist(), *rest
+    state = {'python': random.getstate(), 'numpy': numpy_state, 'torch': torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state['cuda'] = torch.cuda.get_rng_state()
     return state
@@ -154,7 +147,7 @@ class ResumableCheckpointHook(CheckpointHook):
         """Choose the checkpoint for a ``--resume`` that names none.
 
         Raises:
-            CheckpointFileError: If there are checkpoints, but none that is whole.
+            CheckpointError: If there are checkpoints, but none that is whole.
         """
         if not runner._resume or runner._load_from is not None:
             return
@@ -168,7 +161,7 @@ class ResumableCheckpointHook(CheckpointHook):
         if last is None:
             return
         if intact is None:
-            raise CheckpointFileError(
+            raise CheckpointError(
                 f'cannot resume: {last} is missing or damaged, and no older one in its folder is whole: '
                 'run the command without --resume to start anew'
             )
@@ -271,9 +264,7 @@ class ResumableCheckpointHook(CheckpointHook):
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         outdated = []
         if self.max_keep_ckpts > 0:
-            steps = list(self.keep_ckpt_ids)
-            if step not in steps[-1:]:
-                steps.append(step)
+            steps = [*(kept for kept in self.keep_ckpt_ids if kept != step), step]
             outdated = steps[: -self.max_keep_ckpts]
             # The outdated one stays in the list until it is removed: if this run is killed, the resumed one does it.
             runner.message_hub.update_info('keep_ckpt_ids', steps)

@@ -49,12 +49,7 @@ class LoadAuditHook(Hook):
             register_checkpoint_loaders(re.escape(filename))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Audit a checkpoint, and leave in it what the model is to load.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What was read. Its state dict gets our names, and the model's own values for what starts
-                fresh.
+        """Audit a checkpoint, and leave in it the model's names, and its own values for what starts fresh.
 
         Raises:
             CheckpointError: If the checkpoint does not hold what it should, or if a run is to be resumed whose

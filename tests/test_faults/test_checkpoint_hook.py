@@ -15,11 +15,11 @@ from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.engine import ResumableCheckpointHook
 from mmspatialmamba.engine import checkpoint_hook as module
 from mmspatialmamba.engine.checkpoint_hook import (
     AtomicLocalBackend,
-    CheckpointFileError,
     find_intact_checkpoint,
     get_random_state,
     is_intact,
@@ -88,7 +88,7 @@ class TestAtomicLocalBackend:
         put(b'old', path)
         # What is written to /dev/full fails with ENOSPC.
         (tmp_path / 'file.incomplete').symlink_to('/dev/full')
-        with pytest.raises(CheckpointFileError) as error:
+        with pytest.raises(CheckpointError) as error:
             put(b'new', path)
         assert str(error.value).startswith(f'cannot write {path}: No space left on device.')
         assert '\n' not in str(error.value)
@@ -97,7 +97,7 @@ class TestAtomicLocalBackend:
 
     def test_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / 'file').touch()
-        with pytest.raises(CheckpointFileError, match='cannot write .*x.pth: File exists'):
+        with pytest.raises(CheckpointError, match='cannot write .*x.pth: File exists'):
             put(b'', tmp_path / 'file' / 'x.pth')
 
     def test_an_interrupt_leaves_the_old_file(self, tmp_path, monkeypatch):
