@@ -26,27 +26,23 @@ from .checkpoint import register_checkpoint_loaders
 
 _PACKAGE = Path(__file__).parent
 _ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
-_FOLDERS = {'mmpretrain': 'classification', 'mmdet': 'detection', 'mmseg': 'segmentation'}
+_FOLDERS = {'mmdet': 'detection', 'mmseg': 'segmentation'}
 _SCHEME = 'mmspatialmamba://'
 _models_of_libraries = BaseInferencer._get_models_from_metafile
 
 
-def _metafile(folder: str) -> Path:
-    return _ROOT / 'configs' / folder / 'metafile.yml'
-
-
 def _models(folder: str) -> Iterator[dict]:
     """Read the entries of a metafile in ``configs``, with the absolute paths of the configs, and with weights."""
-    for model in load(_metafile(folder))['Models']:
+    for model in load(_ROOT / 'configs' / folder / 'metafile.yml')['Models']:
         weights = model.get('Weights', f'{_SCHEME}{folder}/{model["Name"]}')
         yield {**model, 'Config': str(_ROOT / model['Config']), 'Weights': weights}
 
 
 def _get_models_from_metafile(dir: str) -> Iterator[dict]:
     """Read the metafile entries of the library whose ``model-index.yml`` is in ``dir``: first ours, then its own."""
-    for library in ('mmdet', 'mmseg'):
+    for library, folder in _FOLDERS.items():
         if library in sys.modules and BaseInferencer._get_repo_or_mim_dir(library) == dir:
-            yield from _models(_FOLDERS[library])
+            yield from _models(folder)
     yield from _models_of_libraries(dir)
 
 
@@ -58,9 +54,8 @@ def load_from_metafile(filename: str, map_location: str | None = None) -> None:
     """
     folder, name = filename[len(_SCHEME) :].split('/')
     (model,) = (model for model in _models(folder) if model['Name'] == name)
-    way = 'train it'
-    if 'Converted From' in model:
-        way = f"download the original release's file from {model['Converted From']['Weights']}"
+    source = model.get('Converted From', {}).get('Weights')
+    way = f"download the original release's file from {source}" if source else 'train it'
     argument = 'pretrained' if folder == 'classification' else 'weights'
     raise FileNotFoundError(f'{name} has no weights to download: {way}, then pass {argument}=FILE')
 
@@ -68,7 +63,7 @@ def load_from_metafile(filename: str, map_location: str | None = None) -> None:
 def _register_in_mmpretrain() -> None:
     from mmpretrain.apis.model import ModelHub
 
-    ModelHub.register_model_index(_metafile('classification'), config_prefix=_ROOT)
+    ModelHub.register_model_index(_ROOT / 'configs/classification/metafile.yml', config_prefix=_ROOT)
     for model in _models('classification'):
         ModelHub._models_dict[model['Name'].lower()].weights = model['Weights']
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from itertools import islice
 
 import torch
 from mmengine.logging import print_log
@@ -22,6 +23,8 @@ from .reader import first_nonfinite, read_checkpoint
 _STEM = 'stem.conv1.conv.weight'
 _BLOCK = re.compile(r'.*?(?:stages\.\d+\.\d+|downsamples\.\d+)\.')
 _ROWS = 30
+_PROBLEMS = _MISSING, _RESHAPED, _LEFT_OVER = 'missing from the file', 'of another shape', "not in the model's backbone"
+_UNUSED = 'not in the model'
 
 
 @dataclass
@@ -30,45 +33,27 @@ class LoadReport:
 
     Args:
         source (str): Name of the checkpoint.
-        options (str): Where the user sets the options, for messages.
         weights (dict[str, Tensor]): What to load: the file's tensors that have a place, by the model's names.
-        parameters (int): Number of parameters among them.
         buffers (int): Number of buffers among them.
-        missing (dict[str, tuple]): Tensors that the file lacks, with the model's shape.
-        unexpected (dict[str, tuple]): Tensors that the model has no place for, with the file's shape.
-        mismatched (dict[str, tuple[tuple, tuple]]): Tensors of another shape: the file's, and the model's.
+        differences (list[tuple[str, str, str, str]]): Each tensor that does not fit: its name, the problem, its shape
+            in the file and its shape in the model, '' where it is not there.
         fresh (dict[str, str]): Tensors that keep the model's values on purpose, each with the name of its group.
-        left_over (list[str]): Those of ``unexpected`` that belong to a Spatial-Mamba backbone: the file is of another
-            arch.
-        nonfinite (str, optional): Name of the first tensor that holds NaN or infinity.
-        hint (str): What to do, where file and model tell why they do not fit.
     """
 
     source: str
-    options: str
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    parameters: int = 0
     buffers: int = 0
-    missing: dict[str, tuple] = field(default_factory=dict)
-    unexpected: dict[str, tuple] = field(default_factory=dict)
-    mismatched: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
+    differences: list[tuple[str, str, str, str]] = field(default_factory=list)
     fresh: dict[str, str] = field(default_factory=dict)
-    left_over: list[str] = field(default_factory=list)
-    nonfinite: str | None = None
-    hint: str = ''
 
     @property
     def problems(self) -> dict[str, list[str]]:
         """Names of the tensors that should be loaded and cannot be, by problem."""
-        problems = {
-            'missing from the file': list(self.missing),
-            'of another shape': list(self.mismatched),
-            "not in the model's backbone": self.left_over,
-        }
+        problems = {each: [name for name, problem, *_ in self.differences if problem == each] for each in _PROBLEMS}
         return {problem: names for problem, names in problems.items() if names}
 
     def __str__(self) -> str:
-        loaded = f'{self.parameters} parameters and {self.buffers} buffers'
+        loaded = f'{len(self.weights) - self.buffers} parameters and {self.buffers} buffers'
         counts = ', '.join(f'{len(names)} {what} (first: {names[0]})' for what, names in self.problems.items())
         if counts:
             line = f'{self.source} does not fit the model, tensors: {counts}; {loaded} fit'
@@ -79,51 +64,25 @@ class LoadReport:
         norms = groups.pop('output norms', 0) // 2
         names = [f'{norms} output norm{"s" * (norms > 1)}'] * bool(norms) + list(groups)
         line += f'; fresh: {", ".join(names)}' if names else ''
-        return f'{line}\n{self._table()}' if counts or self.unexpected else line
+        return f'{line}\n{self._table()}' if self.differences else line
 
     def _table(self) -> str:
-        rows = [(name, 'another shape', *map(str, shapes)) for name, shapes in self.mismatched.items()]
-        for tensors, problem in ((self.missing, 'missing from the file'), (self.unexpected, 'not in the model')):
-            blocks = Counter(match[0] for match in map(_BLOCK.match, tensors) if match)
-            for name, shape in tensors.items():
-                match = _BLOCK.match(name)
-                count = blocks.pop(match[0], 0) if match else 1
-                if count > 1:
-                    name, shape = f'{match[0]}*', f'{count} tensors'
-                if count:
-                    rows.append(
-                        (name, problem, *((str(shape), '') if tensors is self.unexpected else ('', str(shape))))
-                    )
+        rows = {}
+        for name, problem, *shapes in self.differences:
+            block = _BLOCK.match(name)
+            key = name if block is None or problem == _RESHAPED else f'{block[0]}*'
+            rows.setdefault((key, problem), []).append((name, *shapes))
         table = Table('tensor', 'problem', 'shape in the file', 'shape in the model')
-        for row in rows[:_ROWS]:
-            table.add_row(*row)
+        for (key, problem), tensors in islice(rows.items(), _ROWS):
+            name, *shapes = tensors[0]
+            if len(tensors) > 1:
+                name, shapes = key, [shape and f'{len(tensors)} tensors' for shape in shapes]
+            table.add_row(name, problem, *shapes)
         if len(rows) > _ROWS:
             table.add_row(f'and {len(rows) - _ROWS} rows more')
         console = Console(file=StringIO(), width=160)
         console.print(table)
         return console.file.getvalue().rstrip()
-
-    def check(self, max_missing: int, allow_nan: bool) -> None:
-        """Log the report, or refuse the checkpoint.
-
-        Args:
-            max_missing (int): How many tensors may be missing, of another shape, or left over in the backbone.
-            allow_nan (bool): Whether to take NaN and infinite weights.
-
-        Raises:
-            CheckpointError: If more tensors are, or if a weight is NaN or infinite and may not be.
-        """
-        off = sum(map(len, self.problems.values()))
-        if off > max_missing:
-            print_log(str(self), 'current', logging.WARNING)
-            remedy = self.hint or f"use this model's file, or set max_missing in {self.options} to allow it"
-            raise CheckpointError(f'{str(self).splitlines()[0]}. What to do: {remedy}')
-        if self.nonfinite and not allow_nan:
-            raise CheckpointError(
-                f'{self.source}: {self.nonfinite} holds NaN or infinity: '
-                f'use an earlier checkpoint, or set allow_nan=True in {self.options}'
-            )
-        print_log(str(self), 'current', logging.WARNING if off or self.unexpected else logging.INFO)
 
 
 def inflate(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
@@ -146,15 +105,7 @@ def inflate(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
 
 
 def describe_arch(state: Mapping[str, torch.Tensor], prefix: str) -> dict | None:
-    """Infer a backbone's ``arch`` argument from its weights.
-
-    Args:
-        state (Mapping[str, Tensor]): Parameters and buffers, by our names.
-        prefix (str): Prefix of the backbone.
-
-    Returns:
-        dict | None: ``embed_dims`` and ``depths``; None if the weights do not tell.
-    """
+    """Infer the ``arch`` argument of the backbone below ``prefix`` from its weights; None if they do not tell."""
     names = below(state, prefix)
     blocks = {match.groups() for match in map(re.compile(r'stages\.(\d+)\.(\d+)\.').match, names) if match}
     width = state.get(f'{prefix}stem.conv3.1.norm.weight')
@@ -164,16 +115,41 @@ def describe_arch(state: Mapping[str, torch.Tensor], prefix: str) -> dict | None
     return {'embed_dims': len(width), 'depths': tuple(depths[i] for i in range(max(depths) + 1))}
 
 
+def _remedy(report: LoadReport, state: Mapping, wanted: Mapping, prefix: str, options: str) -> str:
+    """Say what to do about a checkpoint that does not fit."""
+    if not report.weights:
+        return f'name another file: none of its tensors is one of the model (first: {next(iter(state), None)})'
+    archs = describe_arch(state, prefix), describe_arch(wanted, prefix)
+    if None not in archs and archs[0] != archs[1]:
+        texts = [', '.join(f'{key}={value}' for key, value in arch.items()) for arch in archs]
+        return f"use a complete file of the model's arch, {texts[1]}; this one's is {texts[0]}"
+    stem = prefix + _STEM
+    if stem in report.problems.get(_RESHAPED, ()) and _differ_in_channels(state[stem], wanted[stem]):
+        return (
+            f'set inflate_stem=True in {options} to fit the first convolution, which has '
+            f'{state[stem].shape[1]} image channels in the file, to in_channels={wanted[stem].shape[1]}'
+        )
+    return f"use this model's file, or set max_missing in {options} to allow it"
+
+
+def _differ_in_channels(weight: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two weights of a convolution differ in the number of input channels, and in no other size."""
+    a, b = list(weight.shape), list(other.shape)
+    return a != b and a[:1] + a[2:] == b[:1] + b[2:]
+
+
 def audit(
     state: Mapping[str, torch.Tensor],
     module: nn.Module,
     source: str,
     classifier: bool | None = None,
     fresh: Sequence[str] = (),
+    max_missing: int = 0,
+    allow_nan: bool = False,
     inflate_stem: bool = False,
     options: str = "the backbone's init_cfg",
 ) -> LoadReport:
-    """Compare a checkpoint with a model or a backbone. Changes neither.
+    """Compare a checkpoint with a model or a backbone, and log the report or refuse the checkpoint. Changes neither.
 
     From a classifier's checkpoint another model takes the backbone alone, without its output norms unless the last
     stage's is the only one, as the original release does. What it does not take starts fresh.
@@ -185,17 +161,22 @@ def audit(
         classifier (bool, optional): Whether the checkpoint is a classifier's. Defaults to None: found by its names.
         fresh (Sequence[str]): Names, or beginnings of names up to a dot, of tensors that keep the model's values where
             the checkpoint has none of that shape. Defaults to ().
+        max_missing (int): How many tensors may be missing, of another shape, or left over in the backbone. Defaults
+            to 0.
+        allow_nan (bool): Whether to take NaN and infinite weights. Defaults to False.
         inflate_stem (bool): Whether :func:`inflate` fits the first convolution to another number of image channels.
             Defaults to False.
         options (str): Where the user sets the options, for messages. Defaults to "the backbone's init_cfg".
 
     Returns:
         LoadReport: The comparison.
+
+    Raises:
+        CheckpointError: If the checkpoint does not hold what it should.
     """
     wanted = module.state_dict()
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     prefix = next(iter(find_backbones(wanted)), '')
-    report = LoadReport(source, options)
+    report = LoadReport(source)
     if classifier is None:
         classifier = find_backbones(state) == [prefix] and is_classifier(state, prefix)
     if classifier and not is_classifier(wanted, prefix):
@@ -213,40 +194,35 @@ def audit(
     state = {name: value for name, value in state.items() if name not in report.fresh}
 
     for name, value in wanted.items():
-        if name in report.fresh:
-            continue
-        given, needed = state.get(name), tuple(value.shape)
+        given = state.get(name)
         if given is None:
-            if not name.endswith('num_batches_tracked'):
-                report.missing[name] = needed
+            if name not in report.fresh and not name.endswith('num_batches_tracked'):
+                report.differences.append((name, _MISSING, '', str(tuple(value.shape))))
             continue
-        have = tuple(given.shape)
-        if name == prefix + _STEM and have != needed and have[:1] + have[2:] == needed[:1] + needed[2:]:
-            if inflate_stem:
-                given, have = inflate(given, needed[1]), needed
-            else:
-                report.hint = (
-                    f'set inflate_stem=True in {options} to fit the first convolution, which has '
-                    f'{have[1]} image channels in the file, to in_channels={needed[1]}'
-                )
-        if have != needed:
-            report.mismatched[name] = have, needed
-            continue
-        report.weights[name] = given
-        report.parameters += name in parameters
-        report.buffers += name not in parameters
-    report.unexpected = {
-        name: tuple(getattr(value, 'shape', ())) for name, value in state.items() if name not in wanted
-    }
+        if inflate_stem and name == prefix + _STEM and _differ_in_channels(given, value):
+            given = inflate(given, value.shape[1])
+        if given.shape == value.shape:
+            report.weights[name] = given
+        else:
+            report.differences.append((name, _RESHAPED, str(tuple(given.shape)), str(tuple(value.shape))))
     backbone = re.compile(re.escape(prefix) + r'(stem|stages|downsamples)\.')
-    report.left_over = [name for name in report.unexpected if backbone.match(name)]
-    report.nonfinite = first_nonfinite(report.weights)
-    archs = describe_arch(state, prefix), describe_arch(wanted, prefix)
-    if not report.weights:
-        report.hint = f'name another file: none of its tensors is one of the model (first: {next(iter(state), None)})'
-    elif None not in archs and archs[0] != archs[1]:
-        texts = [', '.join(f'{key}={value}' for key, value in arch.items()) for arch in archs]
-        report.hint = f"use a complete file of the model's arch, {texts[1]}; this one's is {texts[0]}"
+    for name, value in state.items():
+        if name not in wanted:
+            problem = _LEFT_OVER if backbone.match(name) else _UNUSED
+            report.differences.append((name, problem, str(tuple(getattr(value, 'shape', ()))), ''))
+    report.buffers = len(report.weights.keys() - dict(module.named_parameters(remove_duplicate=False)))
+
+    if sum(map(len, report.problems.values())) > max_missing:
+        print_log(str(report), 'current', logging.WARNING)
+        remedy = _remedy(report, state, wanted, prefix, options)
+        raise CheckpointError(f'{str(report).splitlines()[0]}. What to do: {remedy}')
+    nonfinite = first_nonfinite(report.weights)
+    if nonfinite and not allow_nan:
+        raise CheckpointError(
+            f'{source}: {nonfinite} holds NaN or infinity: '
+            f'use an earlier checkpoint, or set allow_nan=True in {options}'
+        )
+    print_log(str(report), 'current', logging.WARNING if report.differences else logging.INFO)
     return report
 
 
@@ -289,6 +265,5 @@ def read_backbone(
     if prefix not in prefixes:
         raise CheckpointError(f'{error} below prefix {prefix!r}, but below {names}')
     inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    report = audit(inside, backbone, checkpoint, is_classifier(state, prefix), inflate_stem=inflate_stem)
-    report.check(max_missing, allow_nan)
-    return report
+    options = dict(max_missing=max_missing, allow_nan=allow_nan, inflate_stem=inflate_stem)
+    return audit(inside, backbone, checkpoint, is_classifier(state, prefix), **options)

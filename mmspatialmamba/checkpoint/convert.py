@@ -18,7 +18,6 @@ _FUSION = re.compile(
 )
 _IN_BACKBONE = re.compile(r'^(?:stem|stages|downsamples|norm\d*|patch_embed|layers|outnorm\d+)\.')
 _STAGE = re.compile(r'^(?:stages|layers)\.(\d+)\.')
-_CLASSIFIER_PARTS = {'data_preprocessor', 'head', 'neck'}
 
 
 def find_backbones(names: Iterable[str]) -> list[str]:
@@ -58,7 +57,7 @@ def is_classifier(names: Iterable[str], prefix: str) -> bool:
     backbone = below(names, prefix)
     norms = {int(match[1]) for match in map(re.compile(r'norm(\d+)\.').match, backbone) if match}
     others = {name.split('.')[0] for name in names if not name.startswith(prefix)}
-    return norms <= {last_stage(backbone)} and others <= _CLASSIFIER_PARTS
+    return norms <= {last_stage(backbone)} and others <= {'data_preprocessor', 'head', 'neck'}
 
 
 def new_names(names: Iterable[str]) -> dict[str, str]:
@@ -67,43 +66,25 @@ def new_names(names: Iterable[str]) -> dict[str, str]:
     Names of the original release and of earlier versions of this package become ours. A bare backbone gets the prefix
     'backbone.', the classifier's ``norm`` becomes the output norm of the file's last stage, and the original release's
     ``head`` becomes mmpretrain's ``head.fc``. The prefix 'module.' of wrappers for parallel training is removed.
-
-    Args:
-        names (Iterable[str]): Names of parameters and buffers.
-
-    Returns:
-        dict[str, str]: Our name of each, in the same order.
     """
     new = {name: name[len('module.') :] if name.startswith('module.') else name for name in names}
     for prefix in sorted(find_backbones(new.values()), key=len):
         inside = below(new.values(), prefix)
-        upstream = is_upstream(inside)
-        last = last_stage(inside) if upstream else None
+        last = last_stage(inside) if is_upstream(inside) else None
         for key, name in new.items():
             short = name[len(prefix) :]
-            if not name.startswith(prefix):
-                continue
-            if _IN_BACKBONE.match(short):
+            if name.startswith(prefix) and _IN_BACKBONE.match(short):
                 new[key] = (prefix or 'backbone.') + from_upstream(short, last)
-            elif not prefix and upstream and short in ('head.weight', 'head.bias'):
+            elif not prefix and last is not None and short in ('head.weight', 'head.bias'):
                 new[key] = short.replace('head.', 'head.fc.')
     return new
 
 
 def find_state(checkpoint: dict, source: str, average: bool = False) -> tuple[str | None, dict] | None:
-    """Find the weights in a checkpoint.
+    """Find the state dict that :func:`to_mmengine` converts, and its key: None if it is the checkpoint itself.
 
-    Args:
-        checkpoint (dict): As in :func:`to_mmengine`.
-        source (str): Name of the checkpoint, for messages.
-        average (bool): As in :func:`to_mmengine`. Defaults to False.
-
-    Returns:
-        tuple[str | None, dict] | None: Key of the state dict in the checkpoint (None if the checkpoint is the state
-        dict itself) and the state dict; None if it holds no Spatial-Mamba backbone.
-
-    Raises:
-        CheckpointError: If there is no average to take, or if the state dict holds anything but named tensors.
+    Returns None if the checkpoint holds no Spatial-Mamba backbone. Raises ``CheckpointError`` if there is no average to
+    take, or if the state dict holds anything but named tensors.
     """
     key = next((key for key in ('state_dict', 'model') if isinstance(checkpoint.get(key), dict)), None)
     state = checkpoint if key is None else checkpoint[key]
@@ -140,7 +121,7 @@ def to_mmengine(checkpoint: dict, source: str = 'the checkpoint', average: bool 
         it is in that form already; None if it holds no Spatial-Mamba backbone.
 
     Raises:
-        CheckpointError: As :func:`find_state`.
+        CheckpointError: If there is no average to take, or if the state dict holds anything but named tensors.
     """
     found = find_state(checkpoint, source, average)
     if found is None:

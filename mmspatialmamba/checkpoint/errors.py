@@ -1,2 +1,2 @@
 class CheckpointError(RuntimeError):
-    """One line about a checkpoint that cannot be used."""
+    """One line about a checkpoint that cannot be used or written."""

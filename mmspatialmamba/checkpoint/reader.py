@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import http.client
 import os
-import pickle
 import re
-import struct
 import sys
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -24,48 +23,15 @@ from .convert import find_backbones, is_classifier, to_mmengine
 from .errors import CheckpointError
 
 EMA = 'ema://'
-# torch.load raises these, besides OSError, where a file is cut short or no checkpoint.
-_BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-)
-_REFUSALS = (
-    re.compile(r'GLOBAL (?P<name>\S+) was not an allowed'),
-    re.compile(r'unrecognized function (?P<name>.+)'),
-    re.compile(r'[Cc]an only (?:create|build).*but got (?P<name>.+)'),
-    re.compile(r'Trying to load unsupported GLOBAL (?P<name>\S+)'),
-)
+# How torch.load names what it refuses to run.
+_REFUSED = re.compile(r'(?:GLOBAL|unrecognized function|[Cc]an only (?:create|build).*but got) (<.*>|\S+)')
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     """Select the line of an error's message that says what is wrong."""
     text = str(error).split('WeightsUnpickler error: ')[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
-
-
-def _load_safetensors(path: Path, map_location: object, source: str) -> dict:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(f'{source} needs safetensors, which is not installed: pip install safetensors') from error
-    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise CheckpointError(
-            f'{source} is cut short or not a safetensors file ({_one_line(error)}): get it again'
-        ) from error
 
 
 def _load_file(path: Path, map_location: object, source: str) -> dict:
@@ -76,25 +42,30 @@ def _load_file(path: Path, map_location: object, source: str) -> dict:
         raise CheckpointError(f'there is no checkpoint {source} (working directory: {Path.cwd()})')
     if path.stat().st_size == 0:
         raise CheckpointError(f'{source} is empty: get it again')
-    if path.suffix == '.safetensors':
-        return _load_safetensors(path, map_location, source)
+    safetensors = path.suffix == '.safetensors'
+    if safetensors and find_spec('safetensors') is None:
+        raise CheckpointError(f'{source} needs safetensors, which is not installed: pip install safetensors')
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        if safetensors:
+            from safetensors.torch import load_file
+
+            device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+            checkpoint = load_file(path, device=str(device))
+        else:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise CheckpointError(f'cannot read {source}: {error.strerror or error}') from error
-    except _BROKEN as error:
-        refused = next(filter(None, (pattern.search(str(error)) for pattern in _REFUSALS)), None)
-        if refused:
+    except Exception as error:  # Of any class: the file decides what goes wrong.
+        if refused := _REFUSED.search(str(error)):
             raise CheckpointError(
-                f'{source} is refused: loading it would run {refused["name"]}, which is no part of weights; '
+                f'{source} is refused: loading it would run {refused[1]}, which is no part of weights; '
                 'get weights from someone you trust'
             ) from error
-        raise CheckpointError(
-            f'{source} is cut short or not a PyTorch checkpoint ({_one_line(error)}): get it again'
-        ) from error
+        kind = 'safetensors file' if safetensors else 'PyTorch checkpoint'
+        raise CheckpointError(f'{source} is cut short or not a {kind} ({_one_line(error)}): get it again') from error
     if not isinstance(checkpoint, dict) or not _has_tensor(checkpoint):
-        kind = 'a dict without tensors' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
-        raise CheckpointError(f'{source} holds {kind}, no weights: name a file that holds a dict of tensors')
+        content = 'a dict without tensors' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
+        raise CheckpointError(f'{source} holds {content}, no weights: name a file that holds a dict of tensors')
     return checkpoint
 
 
@@ -120,27 +91,14 @@ def _download(url: str, map_location: object, source: str) -> dict:
     except urllib.error.HTTPError as error:
         raise CheckpointError(f'cannot download {source}: HTTP {error.code} ({error.reason}): check the URL') from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, 'reason', None) or error
         raise CheckpointError(
-            f'cannot download {source}: {_one_line(reason) if isinstance(reason, BaseException) else reason}: '
+            f'cannot download {source}: {_one_line(getattr(error, "reason", None) or error)}: '
             'check the URL and the network, or download it yourself and name the file'
         ) from error
 
 
 def fetch(filename: str, map_location: object, source: str) -> dict:
-    """Read a local file or a URL as it is. Of several processes the first one fills the cache.
-
-    Args:
-        filename (str): A local path or an http(s) URL.
-        map_location (object): As in :func:`torch.load`.
-        source (str): Name of the checkpoint, for messages.
-
-    Returns:
-        dict: What the file holds.
-
-    Raises:
-        CheckpointError: As :func:`read_checkpoint`.
-    """
+    """Read a local file or a URL as it is, or raise ``CheckpointError``. Of several processes the first downloads."""
     if not filename.startswith(('http://', 'https://')):
         return _load_file(Path(filename).expanduser(), map_location, source)
     if get_rank() == 0:
@@ -160,34 +118,29 @@ def first_nonfinite(state: dict) -> str | None:
     return None
 
 
-def _sign(checkpoint: dict, note: dict) -> dict:
-    """Put a note into the metadata of a checkpoint's state dict, which torch hands to every module that loads it."""
+def _sign(checkpoint: dict, source: str, renamed: bool) -> dict:
+    """Put a note into the metadata of a checkpoint's state dict, which torch hands to every module that loads it.
+
+    It says whether the file is a classifier's, and whether its weights had other names or another form.
+    """
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
         return checkpoint
-    if not isinstance(state, OrderedDict):
-        # A plain dict has no room for metadata.
-        state = OrderedDict(state)
-        checkpoint = {**checkpoint, 'state_dict': state} if 'state_dict' in checkpoint else state
     metadata = getattr(state, '_metadata', None)
     entries = metadata.items() if isinstance(metadata, dict) else ()
+    # A plain dict has no room for metadata.
+    state = OrderedDict(state)
     state._metadata = OrderedDict((prefix, dict(entry)) for prefix, entry in entries if isinstance(entry, dict))
     pop_note(state)
-    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in find_backbones(state))}:
+    prefixes = find_backbones(state)
+    note = {'file': source, 'classifier': bool(prefixes) and is_classifier(state, prefixes[0]), 'renamed': renamed}
+    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in prefixes)}:
         state._metadata.setdefault(prefix, {})[SCOPE] = note
-    return checkpoint
+    return {**checkpoint, 'state_dict': state} if 'state_dict' in checkpoint else state
 
 
 def pop_note(state: dict) -> dict:
-    """Remove from a state dict's metadata the note of :func:`read_checkpoint`.
-
-    Args:
-        state (dict): The state dict.
-
-    Returns:
-        dict: ``file`` (str), the name of its file; ``classifier`` (bool), whether that is a classifier's; ``renamed``
-        (bool), whether its weights had other names or another form. Empty if there is no note.
-    """
+    """Remove the note of :func:`read_checkpoint` from a state dict's metadata, and return it; {} if there is none."""
     notes = [entry.pop(SCOPE, None) for entry in getattr(state, '_metadata', {}).values()]
     return next(filter(None, notes), {})
 
@@ -214,15 +167,13 @@ def read_checkpoint(filename: str, map_location: str | torch.device | dict | Cal
     average = source.startswith(EMA)
     checkpoint = fetch(source[len(EMA) :] if average else source, map_location, source)
     converted = to_mmengine(checkpoint, source, average)
-    if converted is None and average:
+    if converted is not None:
+        return _sign(converted, source, renamed=converted is not checkpoint)
+    if average:
         raise CheckpointError(
             f'{source}: ema:// is for checkpoints of Spatial-Mamba, and this holds none: leave it out'
         )
-    note = {'file': source, 'classifier': False, 'renamed': converted is not None and converted is not checkpoint}
-    if converted is not None:
-        checkpoint, state = converted, converted['state_dict']
-        note['classifier'] = is_classifier(state, find_backbones(state)[0])
-    return _sign(checkpoint, note)
+    return _sign(checkpoint, source, renamed=False)
 
 
 @CheckpointLoader.register_scheme(prefixes=EMA)

@@ -22,46 +22,9 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint
 
+from mmspatialmamba.checkpoint import CheckpointError
+
 INCOMPLETE = '.incomplete'
-
-
-class CheckpointFileError(RuntimeError):
-    """One line about a checkpoint that cannot be written, or about a lack of one that can be read."""
-
-
-def write_atomically(data: bytes, path: str) -> None:
-    """Write a file so that its path always holds all of the old content or all of the new.
-
-    The data go to ``path + '.incomplete'``, which takes the name ``path`` once they are on the disk.
-
-    Args:
-        data (bytes): The content.
-        path (str): The file. Its folder is created if there is none.
-
-    Raises:
-        CheckpointFileError: If it cannot be written. The old content is still there then.
-    """
-    incomplete = Path(path + INCOMPLETE)
-    try:
-        incomplete.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with incomplete.open('wb') as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(incomplete, path)
-        finally:
-            incomplete.unlink(missing_ok=True)
-        folder = os.open(incomplete.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise CheckpointFileError(
-            f'cannot write {path}: {error.strerror}. What was saved before is untouched: '
-            'when this is mended, run the same command with --resume'
-        ) from error
 
 
 @register_backend('atomic_local')
@@ -69,23 +32,45 @@ class AtomicLocalBackend(LocalBackend):
     """Backend of local files for mmengine whose ``put`` never leaves half a file."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` to ``filepath`` by :func:`write_atomically`."""
-        write_atomically(obj, str(filepath))
+        """Write ``obj``, so that ``filepath`` always holds all of the old content or all of the new.
+
+        The data go to ``filepath + '.incomplete'``, which takes the name ``filepath`` once they are on the disk. The
+        folder is created if there is none.
+
+        Raises:
+            CheckpointError: If it cannot be written. The old content is still there then.
+        """
+        incomplete = Path(f'{filepath}{INCOMPLETE}')
+        try:
+            incomplete.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with incomplete.open('wb') as file:
+                    file.write(obj)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(incomplete, filepath)
+            finally:
+                incomplete.unlink(missing_ok=True)
+            folder = os.open(incomplete.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f'cannot write {filepath}: {error.strerror}. What was saved before is untouched: '
+                'when this is mended, run the same command with --resume'
+            ) from error
 
 
 def get_random_state() -> dict:
-    """Get the states of the random generators of Python, NumPy and torch.
+    """Get the states of the random generators of Python, NumPy, torch and, where it is in use, the current CUDA device.
 
-    Returns:
-        dict: The states under 'python', 'numpy', 'torch' and, where CUDA is in use, 'cuda' (of the current device):
-        tuples and lists of numbers, and CPU tensors of uint8, which ``torch.load`` reads with ``weights_only``.
+    They are numbers, and CPU tensors of uint8, which ``torch.load`` reads with ``weights_only``.
     """
     name, keys, *rest = np.random.get_state()
-    state = {
-        'python': random.getstate(),
-        'numpy': (name, keys.tolist(), *rest),
-        'torch': torch.get_rng_state(),
-    }
+    numpy_state = name, keys.tolist(), *rest
+    state = {'python': random.getstate(), 'numpy': numpy_state, 'torch': torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state['cuda'] = torch.cuda.get_rng_state()
     return state
@@ -101,14 +86,7 @@ def set_random_state(state: dict) -> None:
 
 
 def is_intact(path: str | Path) -> bool:
-    """Check a local checkpoint against the checksums of its zip archive, in one read that builds no tensor.
-
-    Args:
-        path (str | Path): The file.
-
-    Returns:
-        bool: False if the file is missing, cut short or damaged.
-    """
+    """Check a checkpoint file, which may be missing, against the checksums of its zip archive; build no tensor."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -117,22 +95,12 @@ def is_intact(path: str | Path) -> bool:
 
 
 def find_intact_checkpoint(last: str | Path, filename_tmpl: str) -> str | None:
-    """Find the newest checkpoint that is whole.
-
-    Args:
-        last (str | Path): The checkpoint saved last.
-        filename_tmpl (str): Template of the names of checkpoints, such as ``'epoch_{}.pth'``.
-
-    Returns:
-        str | None: ``last`` if it is whole, else the newest whole one of those saved before it in its folder, if any.
-    """
-    if is_intact(last):
-        return str(last)
+    """Find the newest checkpoint that is whole: ``last``, or else one saved before it in its folder, if any."""
     pattern = re.compile(re.escape(filename_tmpl).replace(r'\{\}', r'(\d+)'))
     paths = {int(match[1]): path for path in Path(last).parent.glob('*') if (match := pattern.fullmatch(path.name))}
     match = pattern.fullmatch(Path(last).name)
-    older = [step for step in sorted(paths, reverse=True) if match is None or step < int(match[1])]
-    return next((str(paths[step]) for step in older if is_intact(paths[step])), None)
+    older = [paths[step] for step in sorted(paths, reverse=True) if match is None or step < int(match[1])]
+    return next((str(path) for path in (last, *older) if is_intact(path)), None)
 
 
 def _seed_worker(init: Callable[[int], None] | None, epoch: int, worker_id: int) -> None:
@@ -179,30 +147,27 @@ class ResumableCheckpointHook(CheckpointHook):
         """Choose the checkpoint for a ``--resume`` that names none.
 
         Raises:
-            CheckpointFileError: If there are checkpoints, but none that is whole.
+            CheckpointError: If there are checkpoints, but none that is whole.
         """
         if not runner._resume or runner._load_from is not None:
             return
-        found = [self._find_checkpoint(runner) if is_main_process() else None]
+        found = [None, None]
+        if is_main_process():
+            last = find_latest_checkpoint(runner.work_dir)
+            if last is not None and '://' not in last and not Path(last).is_dir():
+                found = [last, find_intact_checkpoint(last, self.filename_tmpl)]
         broadcast_object_list(found)
-        last, intact = found[0]
+        last, intact = found
         if last is None:
             return
         if intact is None:
-            raise CheckpointFileError(
+            raise CheckpointError(
                 f'cannot resume: {last} is missing or damaged, and no older one in its folder is whole: '
                 'run the command without --resume to start anew'
             )
         if intact != last:
             runner.logger.warning(f'{last} is missing or damaged: the run goes on from the one before it, {intact}')
         runner._load_from = intact
-
-    def _find_checkpoint(self, runner: Runner) -> tuple[str | None, str | None]:
-        """Find the path in ``last_checkpoint``, and that of the newest whole checkpoint."""
-        last = find_latest_checkpoint(runner.work_dir)
-        if last is None or '://' in last or Path(last).is_dir():
-            return None, None
-        return last, find_intact_checkpoint(last, self.filename_tmpl)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the random state of this process, and warn where the run cannot be the same."""
@@ -299,9 +264,7 @@ class ResumableCheckpointHook(CheckpointHook):
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         outdated = []
         if self.max_keep_ckpts > 0:
-            steps = list(self.keep_ckpt_ids)
-            if step not in steps[-1:]:
-                steps.append(step)
+            steps = [*(kept for kept in self.keep_ckpt_ids if kept != step), step]
             outdated = steps[: -self.max_keep_ckpts]
             # The outdated one stays in the list until it is removed: if this run is killed, the resumed one does it.
             runner.message_hub.update_info('keep_ckpt_ids', steps)
@@ -319,7 +282,7 @@ class ResumableCheckpointHook(CheckpointHook):
         )
         self._random_states = None
         if is_main_process():
-            write_atomically(self.last_ckpt.encode(), str(Path(runner.work_dir) / 'last_checkpoint'))
+            AtomicLocalBackend().put(self.last_ckpt.encode(), Path(runner.work_dir, 'last_checkpoint'))
         for old in outdated:
             self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
         if self.max_keep_ckpts > 0:

@@ -23,8 +23,6 @@ from torch import nn
 
 from mmspatialmamba.checkpoint import CheckpointError
 
-from .checkpoint_hook import CheckpointFileError
-
 PIP_NAMES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 HELP = """usage: python tools/{task}.py CONFIG [options]
 CONFIG --help lists those of its library. tools/test.py adds --prepare, to test what prepare_for_cpu makes."""
@@ -212,7 +210,7 @@ def main(task: str) -> int:
     """
     try:
         launch(task, sys.argv[1:])
-    except (LaunchError, CheckpointError, CheckpointFileError) as error:
+    except (LaunchError, CheckpointError) as error:
         print(f'{task}.py: {error}', file=sys.stderr)
         return 2 if isinstance(error, LaunchError) else 1
     except Interrupted as interrupt:

@@ -14,12 +14,6 @@ from mmspatialmamba.checkpoint import CheckpointError, audit, register_checkpoin
 from mmspatialmamba.checkpoint.reader import pop_note
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
-
-
 @HOOKS.register_module()
 class LoadAuditHook(Hook):
     """Audit of every checkpoint that the runner loads, by ``load_from``, ``resume`` or for a test.
@@ -45,46 +39,33 @@ class LoadAuditHook(Hook):
     def __init__(
         self, max_missing: int = 0, fresh: Sequence[str] = (), allow_nan: bool = False, inflate_stem: bool = False
     ) -> None:
-        self.max_missing = max_missing
-        self.fresh = (fresh,) if isinstance(fresh, str) else tuple(fresh)
-        self.allow_nan = allow_nan
-        self.inflate_stem = inflate_stem
+        fresh = (fresh,) if isinstance(fresh, str) else tuple(fresh)
+        self.options = dict(fresh=fresh, max_missing=max_missing, allow_nan=allow_nan, inflate_stem=inflate_stem)
 
     def before_run(self, runner: Runner) -> None:
-        """Let mmengine read this run's checkpoint, and no other file, by ``read_checkpoint``.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Let mmengine read this run's checkpoint, and no other file, by ``read_checkpoint``."""
         filename = runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None)
         if filename is not None and (filename.startswith(('http://', 'https://')) or '://' not in filename):
             register_checkpoint_loaders(re.escape(filename))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Audit a checkpoint, and leave in it what the model is to load.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What was read. Its state dict gets our names, and the model's own values for what starts
-                fresh.
+        """Audit a checkpoint, and leave in it the model's names, and its own values for what starts fresh.
 
         Raises:
             CheckpointError: If the checkpoint does not hold what it should, or if a run is to be resumed whose
                 parameters had other names.
         """
-        model = _unwrap(runner.model)
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         converted = to_mmengine(checkpoint) or checkpoint
-        renamed = converted is not checkpoint
-        if renamed:
-            checkpoint.clear()
-            checkpoint.update(converted)
-        state = checkpoint.get('state_dict', checkpoint)
+        state = converted.get('state_dict', converted)
         note = pop_note(state)
         source = note.get('file', 'the checkpoint')
         checkpoint['state_dict'] = self._audited(state, model, source)
         if not runner._resume:
             return
-        if renamed or note.get('renamed'):
+        if converted is not checkpoint or note.get('renamed'):
             raise CheckpointError(
                 f'cannot resume from {source}: its parameters have the names and the order of the original release or '
                 'of an earlier version, so that its optimizer state fits others: start from its weights, by load_from '
@@ -95,8 +76,7 @@ class LoadAuditHook(Hook):
             self._audited(averaged, model, f'{source} (ema_state_dict)')
 
     def _audited(self, state: dict, model: nn.Module, source: str) -> OrderedDict:
-        report = audit(state, model, source, None, self.fresh, self.inflate_stem, 'default_hooks.load_audit')
-        report.check(self.max_missing, self.allow_nan)
+        report = audit(state, model, source, **self.options, options='default_hooks.load_audit')
         audited = OrderedDict({**model.state_dict(), **report.weights})
         if hasattr(state, '_metadata'):
             audited._metadata = state._metadata

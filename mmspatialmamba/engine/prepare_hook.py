@@ -21,9 +21,6 @@ class PrepareForCPUHook(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         """Put a prepared copy in the model's place.
 
-        Args:
-            runner (Runner): The runner.
-
         Raises:
             RuntimeError: If torch or the processor cannot run the copy.
             ValueError: If the model is not on the CPU, or not as it was built.
@@ -34,10 +31,5 @@ class PrepareForCPUHook(Hook):
         runner.logger.info('testing with a copy of the model prepared for CPU inference')
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Put the model back.
-
-        Args:
-            runner (Runner): The runner.
-            metrics (dict, optional): The test's metrics. Defaults to None.
-        """
+        """Put the model back."""
         runner.model = self._original

@@ -18,9 +18,8 @@ _METHODS = {
 
 def _stored_method(owner: type, name: str):
     """Look up ``owner.name`` in place of ``getattr``, for the few methods that mmengine stores, and no others."""
-    for cls, names in _METHODS.items():
-        if owner is cls and name in names:
-            return getattr(cls, name)
+    if any(owner is cls and name in names for cls, names in _METHODS.items()):
+        return getattr(owner, name)
     raise pickle.UnpicklingError(
         f'the checkpoint asks for attribute {name!r} of {owner!r}, which no mmengine checkpoint '
         'holds: load it only if you trust its author, by torch.load(..., weights_only=False)'

@@ -15,16 +15,15 @@ from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.engine import ResumableCheckpointHook
 from mmspatialmamba.engine import checkpoint_hook as module
 from mmspatialmamba.engine.checkpoint_hook import (
     AtomicLocalBackend,
-    CheckpointFileError,
     find_intact_checkpoint,
     get_random_state,
     is_intact,
     set_random_state,
-    write_atomically,
 )
 
 
@@ -55,16 +54,19 @@ def test_random_state_survives_a_file_read_with_weights_only(tmp_path):
     assert [draw() for _ in range(3)] == expected
 
 
-class TestWriteAtomically:
+put = AtomicLocalBackend().put
+
+
+class TestAtomicLocalBackend:
     def test_replaces_and_leaves_nothing_else(self, tmp_path):
         for data in (b'old', b'new'):
-            write_atomically(data, str(tmp_path / 'deep' / 'file'))
+            put(data, tmp_path / 'deep' / 'file')
         assert [p.name for p in (tmp_path / 'deep').iterdir()] == ['file']
         assert (tmp_path / 'deep' / 'file').read_bytes() == b'new'
 
     def test_is_on_the_disk_before_it_takes_the_name(self, tmp_path, monkeypatch):
         path, calls = tmp_path / 'file', []
-        write_atomically(b'old', str(path))
+        put(b'old', path)
         fsync, replace = os.fsync, os.replace
 
         def spy_fsync(descriptor: int) -> None:
@@ -77,17 +79,17 @@ class TestWriteAtomically:
 
         monkeypatch.setattr(os, 'fsync', spy_fsync)
         monkeypatch.setattr(os, 'replace', spy_replace)
-        write_atomically(b'newer', str(path))
+        put(b'newer', path)
         assert calls[:2] == [('fsync', b'old', 5), ('replace', b'old', b'newer')]
         assert [name for name, *_ in calls] == ['fsync', 'replace', 'fsync']
 
     def test_full_disk_leaves_the_old_file(self, tmp_path):
         path = tmp_path / 'file'
-        write_atomically(b'old', str(path))
+        put(b'old', path)
         # What is written to /dev/full fails with ENOSPC.
         (tmp_path / 'file.incomplete').symlink_to('/dev/full')
-        with pytest.raises(CheckpointFileError) as error:
-            AtomicLocalBackend().put(b'new', path)
+        with pytest.raises(CheckpointError) as error:
+            put(b'new', path)
         assert str(error.value).startswith(f'cannot write {path}: No space left on device.')
         assert '\n' not in str(error.value)
         assert [p.name for p in tmp_path.iterdir()] == ['file']
@@ -95,19 +97,19 @@ class TestWriteAtomically:
 
     def test_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / 'file').touch()
-        with pytest.raises(CheckpointFileError, match='cannot write .*x.pth: File exists'):
-            write_atomically(b'', str(tmp_path / 'file' / 'x.pth'))
+        with pytest.raises(CheckpointError, match='cannot write .*x.pth: File exists'):
+            put(b'', tmp_path / 'file' / 'x.pth')
 
     def test_an_interrupt_leaves_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / 'file'
-        write_atomically(b'old', str(path))
+        put(b'old', path)
 
         def interrupt(*args: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(os, 'fsync', interrupt)
         with pytest.raises(KeyboardInterrupt):
-            write_atomically(b'new', str(path))
+            put(b'new', path)
         assert [p.name for p in tmp_path.iterdir()] == ['file']
         assert path.read_bytes() == b'old'
 

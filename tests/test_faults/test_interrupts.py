@@ -9,8 +9,8 @@ from argparse import Namespace
 import pytest
 from mmengine.config import Config
 
+from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.engine import launch
-from mmspatialmamba.engine.checkpoint_hook import CheckpointFileError
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -70,7 +70,7 @@ def test_advice_names_the_last_checkpoint(tmp_path, monkeypatch, work_dir, cfg_w
 @pytest.mark.parametrize(
     ('error', 'status', 'printed'),
     [
-        (CheckpointFileError('cannot write x: disk full'), 1, 'train.py: cannot write x: disk full\n'),
+        (CheckpointError('cannot write x: disk full'), 1, 'train.py: cannot write x: disk full\n'),
         (launch.Interrupted(signal.SIGINT), 130, ''),
         (launch.Interrupted(signal.SIGTERM), 143, ''),
     ],

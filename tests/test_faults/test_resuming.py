@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(trainer, tmp_path, finished
     assert status == 1
     assert events[-1] == 'write'
     failed = full_at // 3 + 1
-    assert f'CheckpointFileError: cannot write {tmp_path}/epoch_{failed}.pth: File too large.' in output
+    assert f'CheckpointError: cannot write {tmp_path}/epoch_{failed}.pth: File too large.' in output
     names = [f'epoch_{epoch}.pth' for epoch in range(1, failed)]
     assert sorted(path.name for path in tmp_path.glob('epoch_*')) == names
     assert all(is_intact(tmp_path / name) for name in names)

@@ -146,7 +146,7 @@ def test_stopped_in_every_way_and_resumed(folder):
         assert status == 128 + signum, error
         (line,) = (line for line in error.splitlines() if line.startswith('train.py:'))
         last = (work_dir / 'last_checkpoint').read_text()
-        assert line.startswith(f'train.py: stopped by {signum.name}; the last checkpoint is {last}: ')
+        assert line.startswith(f'train.py: stopped by {signum.name}; to continue from {last}, run the same command')
         assert '--resume' in line
     status, error = finish(start(folder, 1, '--work-dir', 'stopped', '--resume'))
     assert status == 0, error

@@ -182,7 +182,6 @@ class SpatialMamba(BaseModule):
             inside = {key: value for key, value in inside.items() if key.startswith((*self._modules, 'norm'))}
         options = "default_hooks=dict(load_audit=dict(type='LoadAuditHook'))"
         report = audit(inside, self, note['file'], note['classifier'], options=options)
-        report.check(0, False)
         for name in report.fresh:
             state_dict[prefix + name] = self.get_parameter(name)
 

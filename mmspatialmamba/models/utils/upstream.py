@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_STARTS = ('patch_embed.', 'layers.')
-
 # The original release's name, and ours; {n} is a number, ^ and $ are the ends of a name. They are applied in this
 # order, and undone in the opposite one.
 _PAIRS = (
@@ -43,7 +41,7 @@ _RENAMES_BACK = tuple(_rename(ours, theirs) for theirs, ours in reversed(_PAIRS)
 
 def is_upstream(names: Iterable[str]) -> bool:
     """Whether any of a backbone's parameter names is one that only the original release uses."""
-    return any(name.startswith(_STARTS) for name in names)
+    return any(name.startswith(('patch_embed.', 'layers.')) for name in names)
 
 
 def from_upstream(name: str, last_stage: int | None = None) -> str:
@@ -59,9 +57,7 @@ def from_upstream(name: str, last_stage: int | None = None) -> str:
     """
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
-    if last_stage is not None and name.startswith('norm.'):
-        name = f'norm{last_stage}.' + name[len('norm.') :]
-    return name
+    return name if last_stage is None else re.sub(r'^norm\.', f'norm{last_stage}.', name)
 
 
 def to_upstream(name: str, last_stage: int | None = None) -> str:
