@@ -12,25 +12,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmspatialmamba.models import SpatialMamba
-from mmspatialmamba.models.layers import Downsample, SpatialMambaBlock, Stem, StructureAwareSSM
-from mmspatialmamba.models.layers.block import MLP
-from mmspatialmamba.models.layers.conv import ConvLayer, PointwiseConv
+from mmspatialmamba.models.layers import PointwiseConv
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ParameterList, Stem, Downsample, ConvLayer)
-_LAYERS = (SpatialMambaBlock, StructureAwareSSM, MLP, PointwiseConv)
-_TORCH_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ReLU, nn.Identity)
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_LAYERS = ('stem', 'stages', 'downsamples')
 _Model = TypeVar('_Model', bound=nn.Module)
 
 
 class _Prepared(nn.Module):
-    """Base of prepared layers, which hold no parameters and refuse to be trained."""
+    """Base of prepared layers, which hold no parameters: they refuse to be trained, saved or copied."""
 
     def train(self, mode: bool = True) -> _Prepared:
         if mode:
             raise RuntimeError('a model prepared for CPU inference cannot be trained: train the original')
         return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError('a model prepared for CPU inference holds no weights to save: save the original')
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError('a model prepared for CPU inference cannot be copied or pickled: prepare the original again')
 
 
 class _Linear(_Prepared):
@@ -97,9 +99,9 @@ class _Stem(_Prepared):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in_channels, H, W) to (batch, embed_dims, ceil(H / 4), ceil(W / 4))."""
-        if x.dtype != self.dtype:
-            raise TypeError(f'the model was prepared for {self.dtype} images, but these are {x.dtype}')
-        x = self.conv1(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError('a model prepared for CPU inference has no gradients: use the original')
+        x = self.conv1(x.to(self.dtype))
         first, second = self.conv2
         return self.conv3(second(first(x), x))
 
@@ -149,30 +151,48 @@ def _check_processor(dtype: torch.dtype) -> None:
         raise RuntimeError('prepare_for_cpu: this processor has no bfloat16 instructions: prepare a float32 model')
 
 
-def _check_backbone(backbone: nn.Module, name: str) -> torch.dtype:
-    """Raise ValueError unless a backbone is as it was built, on the CPU and in one dtype; return the dtype."""
+def _describe(module: nn.Module | None) -> str:
+    if module is None:
+        return 'nothing'
+    # A ParameterList lists its tensors, whose dtype is checked elsewhere.
+    arguments = '' if isinstance(module, nn.ParameterList) else module.extra_repr()
+    return f'{type(module).__name__}({arguments})'
+
+
+def _check_layers(backbone: SpatialMamba, name: str) -> None:
+    """Raise ValueError unless a backbone's layers are as they were built."""
     # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.
     from mmcv.cnn.bricks import DropPath
 
-    known = (*_CONTAINERS, *_LAYERS, *_TORCH_LAYERS, DropPath)
-    for path, module in backbone.named_modules(prefix=name):
-        if module is backbone:
-            continue
-        what = None
-        if any(getattr(module, hook) for hook in _HOOKS) or 'forward' in vars(module):
-            what = 'has hooks or a forward of its own'
-        elif isinstance(module, _BatchNorm) and module.running_mean is None:
-            what = 'has no running statistics'
-        elif getattr(module, 'padding_mode', 'zeros') != 'zeros':
-            what = f'pads with {module.padding_mode!r}'
-        elif type(module) not in known and not isinstance(module, _BatchNorm):
-            what = f'is a {type(module).__name__}'
-        if what:
-            raise ValueError(
-                f'prepare_for_cpu: {path} {what}, which a prepared copy would lose: undo or merge that first, '
-                'or use the model as it is'
-            )
-    tensors = list(backbone.named_parameters(prefix=name)) + list(backbone.named_buffers(prefix=name))
+    with torch.device('meta'):
+        arch = dict(embed_dims=backbone.out_channels[0], depths=backbone.depths)
+        built = SpatialMamba(arch, backbone.in_channels, backbone.out_indices)
+    for layer in _LAYERS:
+        modules = dict(backbone.get_submodule(layer).named_modules(prefix=f'{name}.{layer}'.lstrip('.')))
+        expected = dict(built.get_submodule(layer).named_modules(prefix=f'{name}.{layer}'.lstrip('.')))
+        for path in [*expected, *(path for path in modules if path not in expected)]:
+            module, twin = modules.get(path), expected.get(path)
+            if isinstance(module, _BatchNorm) and isinstance(twin, _BatchNorm):
+                same = module.running_mean is not None and module.running_var is not None
+                what = f'is {_describe(module)} without running statistics'
+            elif isinstance(module, (DropPath, nn.Identity)) and isinstance(twin, DropPath):
+                same, what = True, ''
+            else:
+                same = type(module) is type(twin) and _describe(module) == _describe(twin)
+                what = f'is {_describe(module)}, not {_describe(twin)}'
+            if same and module is not None:
+                same = 'forward' not in vars(module) and not any(getattr(module, hook) for hook in _HOOKS)
+                what = 'has hooks or a forward of its own'
+            if not same:
+                raise ValueError(
+                    f'prepare_for_cpu: {path} {what}, which a prepared copy would lose: undo or merge that first, '
+                    'or use the model as it is'
+                )
+
+
+def _check_tensors(backbone: SpatialMamba, name: str) -> torch.dtype:
+    """Raise ValueError unless a backbone is on the CPU, in one dtype; return the dtype."""
+    tensors = [*backbone.named_parameters(prefix=name), *backbone.named_buffers(prefix=name)]
     dtype = tensors[0][1].dtype
     for path, tensor in tensors:
         if tensor.device.type != 'cpu':
@@ -200,8 +220,8 @@ def prepare_for_cpu(model: _Model) -> _Model:
     """Copy a model for inference on a CPU: fold BatchNorm, pack weights, fuse activations and residuals into GEMMs.
 
     The copy's backbones compute what the model's do, but for rounding, and faster (docs/cpu.md). Everything else, heads
-    and necks, is copied as it is. The model itself is not touched. The copy holds no parameters to train, to save or to
-    convert: prepare it again from the model.
+    and necks, is copied as it is. The model itself is not touched. The copy has no gradients, and cannot be trained,
+    saved or copied: prepare it again from the model. It converts images to its dtype.
 
     Args:
         model (nn.Module): A :class:`SpatialMamba`, or a classifier, detector or segmentor with one, in evaluation mode
@@ -231,8 +251,9 @@ def prepare_for_cpu(model: _Model) -> _Model:
     if not names:
         raise ValueError(f'prepare_for_cpu: {type(model).__name__} holds no SpatialMamba backbone')
     for name in names:
-        backbone = model.get_submodule(name)
-        dtype = _check_backbone(backbone, name)
+        backbone: Any = model.get_submodule(name)
+        _check_layers(backbone, name)
+        dtype = _check_tensors(backbone, name)
         training = next((path for path, module in backbone.named_modules(prefix=name) if module.training), None)
         if training is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Copies prepared for CPU inference: the model's outputs, and what is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -91,40 +92,70 @@ def test_whole_models_keep_their_other_parts():
     assert error(prepared, model, torch.randn(1, 3, 40, 40)) < 1e-5
 
 
-def hooked(model):
+def hook(model):
     model.stages[1][0].mixer.out_norm.register_forward_hook(lambda module, args, out: out)
 
 
-def parametrized(model):
-    parametrize.register_parametrization(model.stages[0][0].mlp.fc1, 'weight', nn.Identity())
+def backward_hook(model):
+    model.downsamples[0].register_full_backward_hook(lambda module, grad_input, grad_output: None)
 
 
-def wrapped(model):
-    model.stages[0][0].mixer.in_proj = nn.Sequential(model.stages[0][0].mixer.in_proj, nn.Dropout(0.1))
-
-
-def patched(model):
+def patch(model):
     model.stem.forward = lambda x: x
 
 
+def parametrization(model):
+    parametrize.register_parametrization(model.stages[0][0].mlp.fc1, 'weight', nn.Identity())
+
+
+def put(path, build):
+    """A change that puts another module in a module's place."""
+
+    def change(model):
+        parent, _, name = path.rpartition('.')
+        setattr(model.get_submodule(parent), name, build(model.get_submodule(path)))
+
+    return change
+
+
+def dilated(conv):
+    return nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+
+
+CHANGED = {
+    'hook': (hook, r'stages.1.0.mixer.out_norm has hooks or a forward of its own'),
+    'backward hook': (backward_hook, r'downsamples.0 has hooks or a forward of its own'),
+    'forward': (patch, r'stem has hooks or a forward of its own'),
+    'parametrized': (parametrization, r'stages.0.0.mlp.fc1 is ParametrizedLinear\(.*\), not Linear\('),
+    'wrapped': (
+        put('stages.0.0.mixer.in_proj', nn.Sequential),
+        r'stages.0.0.mixer.in_proj is Sequential\(\), not Linear\(',
+    ),
+    'bias': (
+        put('stages.0.0.mixer.dt_proj', lambda linear: nn.Linear(1, 16)),
+        r'stages.0.0.mixer.dt_proj is Linear\(.*bias=True\), not Linear\(.*bias=False\)',
+    ),
+    'activation': (put('stem.conv1.act', lambda act: nn.Identity()), r'stem.conv1.act is Identity\(\), not ReLU\(\)'),
+    'removed': (lambda model: delattr(model.stem.conv1, 'act'), r'stem.conv1.act is nothing, not ReLU\(\)'),
+    'added': (
+        lambda model: model.stages[0].append(nn.Identity()),
+        r'stages.0.1 is Identity\(\), not nothing',
+    ),
+    'geometry': (put('stages.0.0.cpe1', dilated), r'stages.0.0.cpe1 is Conv2d\(.*dilation=\(2, 2\).*, not Conv2d\('),
+    'drop path': (put('stages.0.0.drop_path1', lambda drop: nn.Linear(8, 8)), r'stages.0.0.drop_path1 is Linear\('),
+    'statistics': (
+        lambda model: setattr(model.stem.conv1.norm, 'running_var', None),
+        r'stem.conv1.norm is BatchNorm2d\(.*\) without running statistics',
+    ),
+    'norm': (put('stem.conv1.norm', lambda norm: nn.GroupNorm(2, 4)), r'stem.conv1.norm is GroupNorm\('),
+}
 REFUSED = {
+    **{name: (change, message + '.*, which a prepared copy would lose') for name, (change, message) in CHANGED.items()},
     'training': (lambda model: model.train(), r'the backbone is in training mode: call model.eval\(\) first'),
     'part in training': (lambda model: model.stages[1].train(), r'stages.1 is in training mode'),
     'gpu': (lambda model: model.stages[2].to('meta'), r'stages\.2\.\S+ is on meta: move the model with .cpu'),
     'float64': (lambda model: model.double(), r'\S+ is torch.float64: the whole backbone must be float32, or bfloat16'),
     'mixed': (lambda model: model.stages[0].bfloat16(), r'stages.0\S+ is torch.bfloat16: the whole backbone'),
-    'hook': (hooked, r'stages.1.0.mixer.out_norm has hooks or a forward of its own'),
-    'forward': (patched, r'stem has hooks or a forward of its own'),
-    'parametrized': (parametrized, r'stages.0.0.mlp.fc1 is a ParametrizedLinear'),
-    'wrapped': (wrapped, r'stages.0.0.mixer.in_proj.1 is a Dropout, which a prepared copy would lose'),
-    'statistics': (
-        lambda model: setattr(model.stem.conv1.norm, 'running_mean', None),
-        r'stem.conv1.norm has no running statistics',
-    ),
-    'padding': (
-        lambda model: setattr(model.stages[0][0].cpe1, 'padding_mode', 'reflect'),
-        r"stages.0.0.cpe1 pads with 'reflect'",
-    ),
 }
 
 
@@ -149,11 +180,6 @@ def test_refuses_a_wrapped_model(monkeypatch):
         prepare_for_cpu(wrapper)
 
 
-def test_refuses_other_norms():
-    with pytest.raises(ValueError, match=r'stem.conv1.norm is a GroupNorm'):
-        prepare_for_cpu(SpatialMamba(SMALL, out_indices=2, norm_cfg=dict(type='GN', num_groups=2)).eval())
-
-
 def test_refuses_a_torch_without_the_ops(monkeypatch):
     class Older:
         _linear_pointwise = None
@@ -169,11 +195,24 @@ def test_refuses_a_processor_without_bfloat16(monkeypatch):
         prepare_for_cpu(small().bfloat16())
 
 
-def test_a_prepared_copy_refuses_training_and_other_dtypes():
+def test_a_prepared_copy_is_for_inference_alone():
     prepared = prepare_for_cpu(small())
+    images = torch.rand(1, 3, 32, 32)
+    for action in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match='cannot be copied or pickled: prepare the original again'):
+            action(prepared)
+    with pytest.raises(RuntimeError, match='holds no weights to save: save the original'):
+        prepared.state_dict()
+    with pytest.raises(RuntimeError, match='has no gradients: use the original'):
+        prepared(images.requires_grad_())
+    with pytest.raises(ValueError, match=r'stem is _Stem\(\), not Stem\(\)'):
+        prepare_for_cpu(prepared)
     with pytest.raises(RuntimeError, match='cannot be trained: train the original'):
         prepared.train()
-    with pytest.raises(TypeError, match=r'prepared for torch.float32 images, but these are torch.bfloat16'):
-        prepared(torch.rand(1, 3, 32, 32).bfloat16())
-    with pytest.raises(ValueError, match='stem is a _Stem'):
-        prepare_for_cpu(prepared)
+
+
+def test_images_are_converted():
+    prepared = prepare_for_cpu(small())
+    images = torch.rand(1, 3, 32, 32).bfloat16()
+    for output, expected in zip(prepared(images), prepared(images.float())):
+        assert torch.equal(output, expected)

@@ -101,6 +101,7 @@ class SpatialMamba(BaseModule):
             init_cfg = None
         super().__init__(init_cfg=init_cfg)
         embed_dims, self.depths = self._parse_arch(arch)
+        self.in_channels = in_channels
         self.num_stages = len(self.depths)
         self.out_channels = tuple(embed_dims * 2**i for i in range(self.num_stages))
         self.out_indices = self._parse_out_indices(out_indices)
