@@ -13,7 +13,8 @@ from torch import nn
 import mmspatialmamba
 from mmspatialmamba import ops
 from mmspatialmamba.models import SpatialMamba
-from mmspatialmamba.models.layers import SpatialMambaBlock, fused
+from mmspatialmamba.models.layers import MLP, SpatialMambaBlock, fused
+from mmspatialmamba.ops import dispatch
 
 # A model on Triton's interpreter would take hours.
 CPU_BACKENDS = [name for name in ops.available_backends() if name != 'triton']
@@ -93,6 +94,48 @@ def test_products_with_the_hessian():
     assert hvp.abs().max() > 1e-2
     torch.testing.assert_close(hvp, vhp)
     torch.testing.assert_close(hvp, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('with_cp', [False, True], ids=['', 'with_cp'])
+def test_a_graph_is_differentiated_twice(with_cp):
+    torch.manual_seed(0)
+    block, image = SpatialMambaBlock(4, with_cp=with_cp), torch.randn(2, 4, 5, 3, requires_grad=True)
+    loss = block(image).square().sum()
+    first, second = (torch.autograd.grad(loss, image, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_batched_gradients():
+    torch.manual_seed(0)
+    mlp, x = MLP(4), torch.randn(3, 4, requires_grad=True)
+    y, directions = mlp(x), torch.randn(5, 3, 4)
+    (batched,) = torch.autograd.grad(y, x, directions, retain_graph=True, is_grads_batched=True)
+    for grad, direction in zip(batched, directions):
+        torch.testing.assert_close(grad, torch.autograd.grad(y, x, direction, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize('shape', [(4,), (0, 4), (2, 3, 5, 4)], ids=str)
+def test_outputs_may_be_changed_in_place(shape):
+    torch.manual_seed(0)
+    mlp, grads = MLP(4), []
+    for change in (lambda y: y.mul_(2), lambda y: y * 2):
+        x = torch.ones(shape, requires_grad=True)
+        change(mlp(x)).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize('name', CPU_BACKENDS)
+def test_backward_runs_on_the_backend_of_forward(name, monkeypatch):
+    monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
+    torch.manual_seed(0)
+    block, chosen = SpatialMambaBlock(4), []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, 'choose', lambda *tensors: chosen.append(choose(*tensors)) or chosen[-1])
+    with ops.use_backend(name):
+        y = block(torch.randn(1, 4, 5, 3, requires_grad=True))
+    y.sum().backward()
+    assert set(chosen) == {name}
 
 
 def test_functional_calls_use_the_parameters_given():

@@ -253,3 +253,27 @@ def test_changed_module_runs_once_and_trains_as_it_says(name, leaf, change, mode
 @pytest.mark.parametrize('name, leaf', WEIGHTED)
 def test_changed_weight_has_its_effect(name, leaf, change, mode):
     check(name, leaf, WEIGHT_CHANGES[change], mode)
+
+
+@pytest.mark.parametrize('name, leaf', LEAVES)
+def test_backward_hooks_fire_once_and_change_gradients(name, leaf):
+    network, _ = build(name, with_cp=False)
+    calls = []
+
+    def double(module, grad_inputs, grad_outputs):
+        calls.append('hook')
+        return tuple(2 * grad for grad in grad_inputs)
+
+    network.get_submodule(leaf).register_full_backward_hook(double)
+    network.get_submodule(leaf).register_full_backward_pre_hook(lambda module, grads: calls.append('pre'))
+    results = []
+    for stored in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if stored:
+                patch.setattr(fused, '_are_plain', lambda *modules: False)
+            torch.manual_seed(1)
+            x = torch.randn(NETWORKS[name][1], requires_grad=True)
+            network(x).sin().sum().backward()
+            results.append(x.grad)
+    assert calls == ['pre', 'hook'] * 2
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
