@@ -84,10 +84,10 @@ def load_source(split: str) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
     Raises:
         FileNotFoundError: If an installed package lacks a photograph.
     """
-    images, labels = (load_digits()[key] for key in ('images', 'target'))
+    images, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=497, stratify=labels, random_state=0)
     part = np.sort(parts[split == 'val'])
-    scans = [[_enlarge(images[i]) for i in part[labels[part] == label]] for label in range(len(CLASSES))]
+    scans = [[_enlarge(images[i].reshape(8, 8)) for i in part[labels[part] == label]] for label in range(len(CLASSES))]
     photos = []
     for package, names in PHOTOS.items():
         for path in map(files(package).joinpath, names.split()):
@@ -165,7 +165,7 @@ class _Canvas:
         self.parts = np.zeros((size, size), np.uint8)
         self.labels, self.areas, self.boxes, self.colours = [], [], [], []
 
-    def add_digit(self, scan: np.ndarray, length: float, label: int, may_cover=False, at_border=False) -> bool:
+    def add_digit(self, length: float, scan: np.ndarray, label: int, may_cover=False, at_border=False) -> bool:
         """Draw a digit on top, inside or across the border, unless it would hide too much; return whether it did."""
         rng, size, margin = self.rng, self.size, max(1, round(length / 40))
         alpha = _render_digit(rng, scan, length, margin)
@@ -272,7 +272,7 @@ def compose_scene(rng: np.random.Generator, source: tuple, size: int) -> Scene:
         label = int(rng.integers(len(CLASSES)))
         scan = _choose(rng, scans[label])
         may_cover = rng.random() < 0.35
-        any(canvas.add_digit(scan, size * rng.uniform(0.22, 0.5), label, may_cover) for _ in range(_TRIES))
+        any(canvas.add_digit(size * rng.uniform(0.22, 0.5), scan, label, may_cover) for _ in range(_TRIES))
     return canvas.finish()
 
 
@@ -293,12 +293,11 @@ def compose_crop(rng: np.random.Generator, source: tuple, size: int, label: int)
     """
     scans, photos = source
     canvas = _Canvas(rng, photos, size)
-    length = size * rng.uniform(0.55, 0.9)
-    canvas.add_digit(_choose(rng, scans[label]), length, label)
+    canvas.add_digit(size * rng.uniform(0.55, 0.9), _choose(rng, scans[label]), label)
     if rng.random() < 0.25:
         other = int(rng.integers(len(CLASSES)))
         scan = _choose(rng, scans[other])
-        any(canvas.add_digit(scan, size * rng.uniform(0.35, 0.6), other, True, at_border=True) for _ in range(_TRIES))
+        any(canvas.add_digit(size * rng.uniform(0.35, 0.6), scan, other, True, at_border=True) for _ in range(_TRIES))
     return canvas.finish()
 
 
@@ -394,13 +393,12 @@ def _write(root: Path, settings: dict, progress: partial) -> None:
     counts = {}
     for code, split in enumerate(ADE_SPLITS):
         counts[split] = _write_scenes(root, settings, code, split, progress)
-        source, code = load_source(split), code + len(ADE_SPLITS)
         for name in CLASSES:
             (root / 'imagenet' / split / name).mkdir(parents=True)
         for index in progress(range(settings[f'num_cls_{split}']), f'PhotoDigits, {split} crops'):
-            rng = np.random.default_rng([settings['seed'], code, index])
+            rng = np.random.default_rng([settings['seed'], len(ADE_SPLITS) + code, index])
             label = index % len(CLASSES)
-            crop = compose_crop(rng, source, settings['cls_size'], label)
+            crop = compose_crop(rng, load_source(split), settings['cls_size'], label)
             _save(crop.image, root / 'imagenet' / split / CLASSES[label] / f'{index + 1:08d}.jpg')
     photographs = ' '.join(PHOTOS.values()).split()
     versions = {name: version(name) for name in ('numpy', 'pycocotools', 'scikit-image', 'scikit-learn')}
@@ -441,8 +439,7 @@ def _write_scenes(root: Path, settings: dict, code: int, split: str, progress: p
     for name, records, categories in (('instances', instances, things), ('panoptic', panoptic, [*kinds, stuff])):
         content = dict(info=dict(description='PhotoDigits'), images=images, annotations=records, categories=categories)
         (coco / 'annotations' / f'{name}_{split}2017.json').write_text(json.dumps(content))
-    numbers = np.bincount([instance['category_id'] - 1 for instance in instances], minlength=len(CLASSES))
-    return dict(zip(CLASSES, numbers.tolist()))
+    return {thing['name']: sum(digit['category_id'] == thing['id'] for digit in instances) for thing in things}
 
 
 def _save(image: np.ndarray, *paths: Path) -> None:
