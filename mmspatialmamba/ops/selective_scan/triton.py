@@ -22,11 +22,15 @@ def _combine(decay, state, next_decay, next_state):
 
 
 @triton.jit
-def _bias_of(bias, channel, dim, PIXEL_AXIS: tl.constexpr, CHANNELS: tl.constexpr):
+def _place(bias, dim, blocks, chunks, OFFSET: tl.constexpr, PIXEL_AXIS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Which part a program has: batch, block of channels, chunk, channels, and the bias of these as a tile."""
+    program = tl.program_id(0).to(OFFSET)
+    block = program // chunks % blocks
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     value = tl.full((CHANNELS,), 0.0, tl.float32)
     if bias is not None:
         value += load(bias + channel, channel < dim)
-    return tl.expand_dims(value, PIXEL_AXIS)
+    return program // chunks // blocks, block, program % chunks, channel, tl.expand_dims(value, PIXEL_AXIS)
 
 
 @triton.jit
@@ -69,16 +73,11 @@ def _scan_kernel(
     CHUNKS: tl.constexpr, STATE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """A chunk's states into ``h`` or, if SUMMARY, its decay and end state into ``decays`` and ``ends``."""
-    program = tl.program_id(0).to(OFFSET)
-    chunk = program % chunks
-    block = program // chunks % blocks
-    batch = program // chunks // blocks
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    batch, _, chunk, channel, step_bias = _place(bias, dim, blocks, chunks, OFFSET, PIXEL_AXIS, CHANNELS)
     number = tl.arange(0, STATE)
     row = tl.arange(0, PIXELS)
     first = tl.expand_dims(row == 0, 1 - PIXEL_AXIS)
     last = tl.expand_dims(row == PIXELS - 1, 1 - PIXEL_AXIS)
-    step_bias = _bias_of(bias, channel, dim, PIXEL_AXIS, CHANNELS)
     decay_products = tl.full((STATE, CHANNELS), 1.0, tl.float32)
     states = _entering_states(
         decays, ends, batch, chunk, chunks, channel, dim, state, False, SUMMARY, CHUNKS, STATE, CHANNELS
@@ -128,16 +127,11 @@ def _reverse_scan_kernel(
     The whole gradient of a state is G_t = grad_h_t + decay_(t+1) G_(t+1). ``grad_A``, ``grad_B``, ``grad_bias`` and
     ``grad_D`` receive sums over the program's own pixels or channels. ``grad_y`` and ``D``, if given, add y = D u.
     """
-    program = tl.program_id(0).to(OFFSET)
-    chunk = program % chunks
-    block = program // chunks % blocks
-    batch = program // chunks // blocks
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    batch, block, chunk, channel, step_bias = _place(bias, dim, blocks, chunks, OFFSET, PIXEL_AXIS, CHANNELS)
     number = tl.arange(0, STATE)
     row = tl.arange(0, PIXELS)
     first = tl.expand_dims(row == 0, 1 - PIXEL_AXIS)
     last = tl.expand_dims(row == PIXELS - 1, 1 - PIXEL_AXIS)
-    step_bias = _bias_of(bias, channel, dim, PIXEL_AXIS, CHANNELS)
     decay_products = tl.full((STATE, CHANNELS), 1.0, tl.float32)
     A_sums = tl.full((STATE, CHANNELS), 0.0, tl.float32)
     bias_sums = tl.full((CHANNELS,), 0.0, tl.float32)
