@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
@@ -41,8 +40,8 @@ MIN_CONTRAST = 0.5
 
 # Raise it when the composition changes: a folder made by an older one is not equal.
 _REVISION = 2
-_META = 'meta.json'
 _LEVEL = 10
+_TRIES = 12
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -85,20 +84,17 @@ def load_source(split: str) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
     Raises:
         FileNotFoundError: If an installed package lacks a photograph.
     """
-    digits = load_digits()
-    indices = np.arange(len(digits.target))
-    parts = train_test_split(indices, test_size=497, stratify=digits.target, random_state=0)
-    scans = [[] for _ in CLASSES]
-    for index in sorted(parts[split == 'val']):
-        scans[digits.target[index]].append(_enlarge(digits.images[index]))
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(np.arange(len(labels)), test_size=497, stratify=labels, random_state=0)
+    part = np.sort(parts[split == 'val'])
+    scans = [[_enlarge(images[i].reshape(8, 8)) for i in part[labels[part] == label]] for label in range(len(CLASSES))]
     photos = []
     for package, names in PHOTOS.items():
         for path in map(files(package).joinpath, names.split()):
             if not path.is_file():
                 raise FileNotFoundError(f'{package} lacks {path.name}: reinstall scikit-learn and scikit-image')
             photo = cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1]
-            border = photo.shape[1] * 2 // 3
-            photos.append(photo[:, :border] if split == 'train' else photo[:, border:])
+            photos.append(np.split(photo, [photo.shape[1] * 2 // 3], axis=1)[split == 'val'])
     return scans, photos
 
 
@@ -118,8 +114,7 @@ def _random_background(rng: np.random.Generator, photos: list[np.ndarray], size:
     photo = _choose(rng, photos)
     height, width = photo.shape[:2]
     side = round(min(height, width) * rng.uniform(0.4, 1))
-    top = rng.integers(height - side + 1)
-    left = rng.integers(width - side + 1)
+    top, left = rng.integers((height - side + 1, width - side + 1))
     crop = photo[top : top + side, left : left + side]
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
@@ -143,10 +138,9 @@ def _render_digit(rng: np.random.Generator, scan: np.ndarray, length: float, mar
     box of the pixels above 0.5 and a margin around it.
     """
     hull = cv2.convexHull(cv2.findNonZero((scan > _LEVEL).view(np.uint8))).reshape(-1, 2)
-    angle = np.deg2rad(rng.uniform(-12, 12))
-    shear = rng.uniform(-0.12, 0.12)
-    aspect = rng.uniform(0.85, 1.15)
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    degrees, shear, aspect = rng.uniform((-12, -0.12, 0.85), (12, 0.12, 1.15))
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    rotation = np.array([[cos, -sin], [sin, cos]])
     matrix = rotation @ np.array([[aspect, shear], [0, 1]])
     matrix *= length / np.ptp(hull @ matrix.T, axis=0).max()
     points = hull @ matrix.T
@@ -171,7 +165,7 @@ class _Canvas:
         self.parts = np.zeros((size, size), np.uint8)
         self.labels, self.areas, self.boxes, self.colours = [], [], [], []
 
-    def add_digit(self, scan: np.ndarray, length: float, label: int, may_cover=False, at_border=False) -> bool:
+    def add_digit(self, length: float, scan: np.ndarray, label: int, may_cover=False, at_border=False) -> bool:
         """Draw a digit on top, inside or across the border, unless it would hide too much; return whether it did."""
         rng, size, margin = self.rng, self.size, max(1, round(length / 40))
         alpha = _render_digit(rng, scan, length, margin)
@@ -211,8 +205,8 @@ class _Canvas:
         self.parts[mask] = len(self.labels)
         return True
 
-    def add_patches(self) -> None:
-        """Lay a small piece of the photograph, from somewhere else in it, on some digits."""
+    def finish(self) -> Scene:
+        """Lay a small piece of the photograph, from somewhere else in it, on some digits; return the scene."""
         rng, size = self.rng, self.size
         for number in range(1, len(self.labels) + 1):
             if rng.random() < 0.08:
@@ -225,8 +219,6 @@ class _Canvas:
                 cover[top : top + height, left : left + width] = True
                 if self._hide(cover):
                     self.image[cover] = self.background[y : y + height, x : x + width].reshape(-1, 3)
-
-    def scene(self) -> Scene:
         masks = self.parts == np.arange(1, len(self.labels) + 1)[:, None, None]
         occlusion = 1 - masks.sum(axis=(1, 2)) / self.areas
         return Scene(np.rint(self.image * 255).astype(np.uint8), masks, np.array(self.labels), occlusion)
@@ -280,11 +272,8 @@ def compose_scene(rng: np.random.Generator, source: tuple, size: int) -> Scene:
         label = int(rng.integers(len(CLASSES)))
         scan = _choose(rng, scans[label])
         may_cover = rng.random() < 0.35
-        for _ in range(12):
-            if canvas.add_digit(scan, size * rng.uniform(0.22, 0.5), label, may_cover):
-                break
-    canvas.add_patches()
-    return canvas.scene()
+        any(canvas.add_digit(size * rng.uniform(0.22, 0.5), scan, label, may_cover) for _ in range(_TRIES))
+    return canvas.finish()
 
 
 def compose_crop(rng: np.random.Generator, source: tuple, size: int, label: int) -> Scene:
@@ -304,16 +293,12 @@ def compose_crop(rng: np.random.Generator, source: tuple, size: int, label: int)
     """
     scans, photos = source
     canvas = _Canvas(rng, photos, size)
-    length = size * rng.uniform(0.55, 0.9)
-    canvas.add_digit(_choose(rng, scans[label]), length, label)
+    canvas.add_digit(size * rng.uniform(0.55, 0.9), _choose(rng, scans[label]), label)
     if rng.random() < 0.25:
         other = int(rng.integers(len(CLASSES)))
         scan = _choose(rng, scans[other])
-        for _ in range(12):
-            if canvas.add_digit(scan, size * rng.uniform(0.35, 0.6), other, may_cover=True, at_border=True):
-                break
-    canvas.add_patches()
-    return canvas.scene()
+        any(canvas.add_digit(size * rng.uniform(0.35, 0.6), scan, other, True, at_border=True) for _ in range(_TRIES))
+    return canvas.finish()
 
 
 def make_photo_digits(
@@ -364,16 +349,10 @@ def make_photo_digits(
         OSError: If ``out`` cannot be written.
     """
     num_val = max(1, num_train // 4) if num_val is None else num_val
-    settings = {
-        'revision': _REVISION,
-        'size': size,
-        'num_train': num_train,
-        'num_val': num_val,
-        'cls_size': cls_size,
-        'num_cls_train': 4 * num_train if num_cls_train is None else num_cls_train,
-        'num_cls_val': 4 * num_val if num_cls_val is None else num_cls_val,
-        'seed': seed,
-    }
+    num_cls_train = 4 * num_train if num_cls_train is None else num_cls_train
+    num_cls_val = 4 * num_val if num_cls_val is None else num_cls_val
+    settings = dict(revision=_REVISION, size=size, num_train=num_train, num_val=num_val, cls_size=cls_size)
+    settings.update(num_cls_train=num_cls_train, num_cls_val=num_cls_val, seed=seed)
     for name, value in settings.items():
         least = MIN_SIZE if name.endswith('size') else 0 if name == 'seed' else 1
         if value < least:
@@ -397,7 +376,7 @@ def _holds(out: Path, settings: dict, overwrite: bool) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        present = json.loads((out / _META).read_text())['settings']
+        present = json.loads((out / 'meta.json').read_text())['settings']
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError) as error:
         raise FileExistsError(f'{out} exists and is no PhotoDigits folder: choose another or remove it') from error
     differing = {name: value for name, value in settings.items() if present.get(name) != value}
@@ -410,30 +389,25 @@ def _holds(out: Path, settings: dict, overwrite: bool) -> bool:
     return not differing
 
 
-def _write(root: Path, settings: dict, progress: Callable) -> None:
+def _write(root: Path, settings: dict, progress: partial) -> None:
     counts = {}
     for code, split in enumerate(ADE_SPLITS):
         counts[split] = _write_scenes(root, settings, code, split, progress)
-        source, code = load_source(split), code + len(ADE_SPLITS)
         for name in CLASSES:
             (root / 'imagenet' / split / name).mkdir(parents=True)
         for index in progress(range(settings[f'num_cls_{split}']), f'PhotoDigits, {split} crops'):
-            rng = np.random.default_rng([settings['seed'], code, index])
+            rng = np.random.default_rng([settings['seed'], len(ADE_SPLITS) + code, index])
             label = index % len(CLASSES)
-            crop = compose_crop(rng, source, settings['cls_size'], label)
+            crop = compose_crop(rng, load_source(split), settings['cls_size'], label)
             _save(crop.image, root / 'imagenet' / split / CLASSES[label] / f'{index + 1:08d}.jpg')
+    photographs = ' '.join(PHOTOS.values()).split()
     versions = {name: version(name) for name in ('numpy', 'pycocotools', 'scikit-image', 'scikit-learn')}
-    meta = {
-        'settings': settings,
-        'digits': counts,
-        'classes': CLASSES,
-        'photographs': ' '.join(PHOTOS.values()).split(),
-        'versions': {**versions, 'opencv': cv2.__version__},
-    }
-    (root / _META).write_text(json.dumps(meta, indent=2) + '\n')
+    versions['opencv'] = cv2.__version__
+    meta = dict(settings=settings, digits=counts, classes=CLASSES, photographs=photographs, versions=versions)
+    (root / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
 
 
-def _write_scenes(root: Path, settings: dict, code: int, split: str, progress: Callable) -> dict[str, int]:
+def _write_scenes(root: Path, settings: dict, code: int, split: str, progress: partial) -> dict[str, int]:
     """Write the scenes of a split; count the digits of each class."""
     size, source, coco, ade = settings['size'], load_source(split), root / 'coco', root / 'ade'
     images, instances, panoptic = [], [], []
@@ -460,15 +434,12 @@ def _write_scenes(root: Path, settings: dict, code: int, split: str, progress: C
         _save(parts, coco / 'annotations' / f'panoptic_{split}2017' / f'{stem}.png')
 
     things = [{'id': index + 1, 'name': name, 'supercategory': 'digit'} for index, name in enumerate(CLASSES)]
-    stuff = {'id': len(SEG_CLASSES), 'name': SEG_CLASSES[0], 'supercategory': 'background'}
     kinds = [{**thing, 'isthing': 1, 'color': color} for thing, color in zip(things, PALETTE)]
-    kinds.append({**stuff, 'isthing': 0, 'color': SEG_PALETTE[0]})
-    for name, records, categories in (('instances', instances, things), ('panoptic', panoptic, kinds)):
-        content = {'info': {'description': 'PhotoDigits'}, 'images': images}
-        content |= {'annotations': records, 'categories': categories}
+    stuff = dict(id=len(SEG_CLASSES), name=SEG_CLASSES[0], supercategory='background', isthing=0, color=SEG_PALETTE[0])
+    for name, records, categories in (('instances', instances, things), ('panoptic', panoptic, [*kinds, stuff])):
+        content = dict(info=dict(description='PhotoDigits'), images=images, annotations=records, categories=categories)
         (coco / 'annotations' / f'{name}_{split}2017.json').write_text(json.dumps(content))
-    numbers = np.bincount([instance['category_id'] - 1 for instance in instances], minlength=len(CLASSES))
-    return dict(zip(CLASSES, numbers.tolist()))
+    return {thing['name']: sum(digit['category_id'] == thing['id'] for digit in instances) for thing in things}
 
 
 def _save(image: np.ndarray, *paths: Path) -> None:

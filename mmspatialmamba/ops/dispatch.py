@@ -29,10 +29,8 @@ def _load_native() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        reason = ' '.join(str(error.__cause__ or error).split())
-        return (
-            f'its ops do not load with torch {torch.__version__} ({reason}); reinstall mmspatialmamba to compile them'
-        )
+        why = ' '.join(str(error.__cause__ or error).split())
+        return f'its ops do not load with torch {torch.__version__} ({why}); reinstall mmspatialmamba to compile them'
     names = [name for op in _NATIVE_OPS for name in (op, f'{op}_backward')]
     missing = [name for name in names if not hasattr(torch.ops.mmspatialmamba_native, name)]
     if missing:

@@ -28,6 +28,12 @@ def tile_of(pointer, strides, batch, channel, pixel, PIXEL_AXIS: tl.constexpr):
 
 
 @triton.jit
+def mask_of(channel_mask, pixel_mask, PIXEL_AXIS: tl.constexpr):
+    """Mask of a tile, from those of its channels and its pixels."""
+    return tl.expand_dims(channel_mask, PIXEL_AXIS) & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)
+
+
+@triton.jit
 def load(pointer, mask):
     """Values as float32, 0 where masked."""
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
@@ -64,10 +70,11 @@ def power_of_two(size: int, limit: int) -> int:
     return min(triton.next_power_of_2(max(size, 1)), limit)
 
 
-def offset_type(*tensors: torch.Tensor) -> tl.dtype:
-    """The integer type that can hold an offset into any of the tensors."""
-    last = max(sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) for t in tensors)
-    return tl.int32 if last < INT32_OFFSETS else tl.int64
+def layout_of(*tensors: torch.Tensor | None) -> tuple[list[tuple[int, ...] | None], tl.dtype]:
+    """The strides of each tensor that is there, and the integer type that can hold an offset into any of them."""
+    strides = [None if t is None else t.stride() for t in tensors]
+    last = max(sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) for t in tensors if t is not None)
+    return strides, tl.int32 if last < INT32_OFFSETS else tl.int64
 
 
 def pixel_axis(x: torch.Tensor) -> int:
@@ -75,14 +82,9 @@ def pixel_axis(x: torch.Tensor) -> int:
     return 0 if x.stride(1) == 1 and x.stride(2) != 1 else 1
 
 
-def as_pixels(x: torch.Tensor) -> torch.Tensor:
-    """A map (batch, dim, height, width) as (batch, dim, pixels): a view in either memory format, else a copy."""
-    return x.flatten(2)
-
-
 def new_map(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised map with the shape and, if these let its pixels be numbered, the strides of ``like``."""
+    """An uninitialised map with the shape of ``like`` and, if ``flatten(2)`` is a view with these, its strides."""
     out = torch.empty_like(like, dtype=dtype)
-    if as_pixels(out).data_ptr() != out.data_ptr():
+    if out.flatten(2).data_ptr() != out.data_ptr():
         out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return out

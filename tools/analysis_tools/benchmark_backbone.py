@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,13 +44,9 @@ def parse_args() -> argparse.Namespace:
     precisions = 'autocast: to bfloat16; bfloat16: weights and inputs; default: all, in training float32 and autocast'
     parser.add_argument('--precisions', nargs='+', choices=PRECISIONS, help=precisions)
     parser.add_argument('--compile', action='store_true', help='time the models through torch.compile too')
-    prepared = 'measure the copy of mmspatialmamba.deploy.prepare_for_cpu too, in float32 and bfloat16 inference'
-    parser.add_argument('--prepare', action='store_true', help=prepared)
+    parser.add_argument('--prepare', action='store_true', help="measure the inference of prepare_for_cpu's copy too")
     parser.add_argument('--no-memory', action='store_true', help="don't measure peak memory")
-    profile = (
-        "only count the Python calls ('call' events of sys.setprofile) of one training forward pass, not the first: in "
-        'files of mmspatialmamba, for Swin-T, whose head is included, in files of torchvision, and in all files'
-    )
+    profile = "only count Python calls of a training forward pass, all and in the model's library; Swin-T's has a head"
     parser.add_argument('--profile', action='store_true', help=profile)
     args = measuring.parse_benchmark_args(parser)
     if args.prepare and args.device == 'cuda':
@@ -94,16 +89,9 @@ def build_from_layers() -> nn.Sequential:
 
 
 class Step:
-    """One forward pass, or one training step, of a model on an input.
+    """One forward pass, or one training step, of a model on an input of a size, BATCHxHEIGHTxWIDTH.
 
-    Args:
-        name (str): The model.
-        task (str): 'inference' or 'training'.
-        precision (str): One of ``PRECISIONS``.
-        layout (str): Memory format of weights and input: 'channels_last' or 'contiguous'.
-        size (str): BATCHxHEIGHTxWIDTH.
-        device (str): 'cpu' or 'cuda'.
-        form (str): 'eager', 'compiled', or 'prepared' by ``prepare_for_cpu``. Defaults to 'eager'.
+    Weights and input have the memory format ``layout``. ``form`` is 'eager', 'compiled', or 'prepared' for the CPU.
     """
 
     def __init__(self, name, task, precision, layout, size, device, form='eager') -> None:
@@ -121,8 +109,7 @@ class Step:
             from mmspatialmamba.deploy import prepare_for_cpu
 
             self.model = self.forward = prepare_for_cpu(self.model)
-        autocast = precision == 'autocast'
-        self.autocast = partial(torch.autocast, device, torch.bfloat16) if autocast else nullcontext
+        self.autocast = partial(torch.autocast, device, torch.bfloat16, precision == 'autocast')
 
     def outputs(self):
         with self.autocast():

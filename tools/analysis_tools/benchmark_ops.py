@@ -28,6 +28,7 @@ OPS = {
     'depthwise_conv': (2, 5),
     'gated_layer_norm': (3, 8),
 }
+RATIOS = {'to_floor': 'to floor', 'torch_to_this': 'torch/this'}
 
 
 def parse_args() -> argparse.Namespace:
@@ -121,9 +122,8 @@ def compare(args, op, layout, dtype, batch, dim, size) -> list[dict]:
 def main() -> None:
     args = parse_args()
     record = dict(machine=measuring.machine(args), rows=[])
-    ratios = ['to floor', 'torch/this']
-    lines = [['op', 'batch x dim x map', 'dtype', 'layout', 'backend', 'forward ms', *ratios, 'fwd+bwd ms', *ratios]]
-    lines[0].append('kept B/el')
+    columns = ('forward ms', *RATIOS.values(), 'fwd+bwd ms', *RATIOS.values(), 'kept B/el')
+    lines = [['op', 'batch x dim x map', 'dtype', 'layout', 'backend', *columns]]
     stages = QUICK_STAGES if args.quick else STAGES
     for *case, stage in product(args.ops, args.layouts, args.dtypes, args.batches, stages):
         for row in compare(args, *case, *stage):
@@ -132,9 +132,7 @@ def main() -> None:
             line = [row['op'], size, row['dtype'], row['layout'], row['backend']]
             for figures in (row['forward'], row['both']):
                 line.append(f'{figures["milliseconds"]["median"]:.3f}')
-                line += [
-                    f'{figures[key]["median"]:.2f}' if key in figures else '' for key in ('to_floor', 'torch_to_this')
-                ]
+                line += [f'{figures[key]["median"]:.2f}' if key in figures else '' for key in RATIOS]
             lines.append([*line, f'{row["kept_bytes_an_element"]:.1f}'])
     print(measuring.table(lines))
     measuring.write(args.out, 'ops', record)

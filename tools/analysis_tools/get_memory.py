@@ -6,26 +6,22 @@ With --curve, predictions and training are measured at several sizes, a line is 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import measuring
 import numpy as np
 import torch
-from measuring import MIB
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
-from torch import nn
 
-import mmspatialmamba  # noqa: F401
 from mmspatialmamba.engine.launch import LaunchError, find_script, load_config
 
 SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 512), 'mmpretrain': (224, 224)}
@@ -42,18 +38,14 @@ SERIES = {
 
 
 def parse_args() -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('config', help='the config; its default_scope names the library')
-    shapes = ', '.join(f'{scope} {height} {width}' for scope, (height, width) in SHAPES.items())
-    shape = f'size of the images, which the paddings of the config become, too; default: {shapes}'
+    shape = f'size of the images, which the paddings of the config become, too; default: {SHAPES}'
     parser.add_argument('--shape', type=positive, nargs=2, metavar=('H', 'W'), help=shape)
-    batch_size = "images at a time; default: 1, with --training the config's on one device"
-    parser.add_argument('--batch-size', type=positive, help=batch_size)
+    parser.add_argument('--batch-size', type=positive, help="images; default: 1, with --training the config's")
     parser.add_argument('--training', action='store_true', help='measure two training steps, not a prediction')
-    curve = 'measure a backbone of this package with all outputs, at batch size 1 and the sizes'
-    parser.add_argument('--curve', action='store_true', help=curve)
-    sizes = f'sides of the images for --curve; default: {" ".join(map(str, SIZES))}'
-    parser.add_argument('--sizes', type=positive, nargs='+', default=SIZES, metavar='SIDE', help=sizes)
+    parser.add_argument('--curve', action='store_true', help="measure this package's backbone, batch size 1, at sizes")
+    parser.add_argument('--sizes', type=positive, nargs='+', default=SIZES, help=f'sides for --curve; default: {SIZES}')
     limit = 'leave out sizes that need more memory, by what the one before took; default: %(default)s GiB'
     parser.add_argument('--limit', type=float, default=8, metavar='GIB', help=limit)
     measuring.add_device(parser)
@@ -64,16 +56,12 @@ def parse_args() -> Namespace:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is no positive integer')
+        raise ArgumentTypeError(f'{text!r} is no positive integer')
     return int(text)
 
 
 def prepare(args: Namespace) -> tuple[Config, str]:
-    """Read the config and fit it to the image size; set the arguments that it fills in, and return it and its library.
-
-    Raises:
-        LaunchError: If the config cannot be read or changed so, or is for no installed library.
-    """
+    """Read the config and fit it to the image size; set arguments that it fills in; return it and its library."""
     cfg = load_config(args.config)
     try:
         cfg.merge_from_dict(args.cfg_options)
@@ -92,7 +80,7 @@ def prepare(args: Namespace) -> tuple[Config, str]:
     return cfg, scope
 
 
-def build(cfg: Config, scope: str, device: str) -> nn.Module:
+def build(cfg: Config, scope: str, device: str) -> torch.nn.Module:
     """Build the model with new weights, and BN in place of SyncBN, which needs several processes."""
     init_default_scope(scope)
     torch.manual_seed(0)
@@ -105,18 +93,18 @@ def build(cfg: Config, scope: str, device: str) -> nn.Module:
     return revert_sync_batchnorm(model).to(device)
 
 
-def make_batch(model: nn.Module, scope: str, channels: int, batch_size: int, shape: tuple[int, int]) -> dict:
+def make_batch(model: torch.nn.Module, scope: str, channels: int, batch_size: int, shape: tuple[int, int]) -> dict:
     """Make a batch as the library's data loader does: uint8 noise, and annotations that the model can train with."""
     if scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
-        options = dict(num_items=[10] * batch_size, num_classes=5)
-        options |= dict(with_mask=model.data_preprocessor.pad_mask, with_semantic=model.data_preprocessor.pad_seg)
-        batch = demo_mm_inputs(batch_size, (channels, *shape), **options)
+        masks, segments = model.data_preprocessor.pad_mask, model.data_preprocessor.pad_seg
+        annotations = dict(num_items=[10] * batch_size, num_classes=5, with_mask=masks, with_semantic=segments)
+        batch = demo_mm_inputs(batch_size, (channels, *shape), **annotations)
         things = next((m.num_things_classes for m in model.modules() if hasattr(m, 'num_things_classes')), 0)
         for sample in batch['data_samples']:
             sample.gt_instances.labels.zero_()
-            if model.data_preprocessor.pad_seg:
+            if segments:
                 sample.gt_sem_seg.sem_seg += things
         return batch
     images = [torch.randint(256, (channels, *shape), dtype=torch.uint8) for _ in range(batch_size)]
@@ -167,8 +155,8 @@ def measure(args: Namespace) -> dict:
         'batch, channels, H, W': [args.batch_size, channels, *args.shape],
         'parameters': sum(p.numel() for p in model.parameters()),
         'trained parameters': sum(p.numel() for p in model.parameters() if p.requires_grad),
-        'MiB, built model': round(before / MIB, 1),
-        RISE: round((peak - before) / MIB, 1),
+        'MiB, built model': round(before / measuring.MIB, 1),
+        RISE: round((peak - before) / measuring.MIB, 1),
         'seconds': round(time.perf_counter() - start, 1),
     }
 
@@ -190,16 +178,12 @@ def measure_series(args: Namespace, series: str) -> dict[int, float]:
 
 
 def fit(rises: dict[int, float]) -> dict[str, float]:
-    """Fit how memory, in MiB by side, grows with pixels.
-
-    The result holds the ``exponent`` p of memory ~ pixels^p, fitted to logarithms, ``bytes_per_pixel`` and
-    ``constant_mib`` of the straight line with the least relative errors, and the ``largest_error`` of these.
-    """
+    """Fit memory, in MiB by side, as pixels^``exponent`` and as the straight line with the least relative errors."""
     pixels, mib = np.square(list(rises), dtype=float), np.array(list(rises.values()))
     slope, constant = np.polyfit(pixels, mib, 1, w=1 / mib)
     exponent, _ = np.polyfit(np.log(pixels), np.log(mib), 1)
     error = np.abs((slope * pixels + constant) / mib - 1).max()
-    figures = dict(exponent=exponent, bytes_per_pixel=slope * MIB, constant_mib=constant, largest_error=error)
+    figures = dict(exponent=exponent, bytes_per_pixel=slope * measuring.MIB, constant_mib=constant, largest_error=error)
     return {key: round(float(value), 4) for key, value in figures.items()}
 
 

@@ -9,26 +9,9 @@ from mmspatialmamba.registry import register_model
 
 from .spatial_mamba import SpatialMamba
 
-_SWIN_ARGUMENTS = frozenset(
-    {
-        'act_cfg',
-        'attn_drop_rate',
-        'convert_weights',
-        'drop_rate',
-        'embed_dims',
-        'init_cfg',
-        'mlp_ratio',
-        'norm_cfg',
-        'num_heads',
-        'patch_norm',
-        'patch_size',
-        'pretrain_img_size',
-        'qk_scale',
-        'qkv_bias',
-        'strides',
-        'use_abs_pos_embed',
-        'window_size',
-    }
+_SWIN_ARGUMENTS = (
+    'act_cfg attn_drop_rate convert_weights drop_rate embed_dims init_cfg mlp_ratio norm_cfg num_heads patch_norm '
+    'patch_size pretrain_img_size qk_scale qkv_bias strides use_abs_pos_embed window_size'
 )
 
 
@@ -62,7 +45,7 @@ class MM_SpatialMamba(SpatialMamba):
     ) -> None:
         if d_state != 1:
             raise ValueError(f'MM_SpatialMamba: d_state must be 1, the only state size there is, but is {d_state}')
-        dropped = sorted(_SWIN_ARGUMENTS & kwargs.keys())
+        dropped = sorted(kwargs.keys() & _SWIN_ARGUMENTS.split())
         if dropped:
             print_log(
                 f"MM_SpatialMamba: dropped these arguments of the Swin Transformer's config: {', '.join(dropped)}",
@@ -72,5 +55,5 @@ class MM_SpatialMamba(SpatialMamba):
         super().__init__(
             arch=dict(embed_dims=dims, depths=depths),
             init_cfg=dict(type='Pretrained', checkpoint=pretrained),
-            **{key: value for key, value in kwargs.items() if key not in _SWIN_ARGUMENTS},
+            **{key: value for key, value in kwargs.items() if key not in dropped},
         )

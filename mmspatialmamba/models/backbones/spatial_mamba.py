@@ -189,12 +189,10 @@ class SpatialMamba(BaseModule):
     def _freeze(self):
         used = self.out_indices[-1] + 1
         idle = [*self.stages[used:], *self.downsamples[used - 1 :]]
-        frozen = []
-        if self.frozen_stages >= 0:
-            n = self.frozen_stages
-            norms = [getattr(self, f'norm{i}') for i in self.out_indices if i < n]
-            frozen = [self.stem, *self.stages[:n], *self.downsamples[:n], *norms]
-        for module in idle + frozen:
+        n = max(self.frozen_stages, 0)
+        norms = [getattr(self, f'norm{i}') for i in self.out_indices if i < n]
+        stem = [self.stem] if self.frozen_stages >= 0 else []
+        for module in (*idle, *stem, *self.stages[:n], *self.downsamples[:n], *norms):
             module.eval()
             module.requires_grad_(False)
 
@@ -215,8 +213,8 @@ class SpatialMamba(BaseModule):
             CheckpointError: If the file cannot be read, or does not hold what it should. Nothing is changed then.
             TypeError: If ``init_cfg`` has an unknown key.
         """
-        configs = self.init_cfg or []
-        configs = [configs] if isinstance(configs, dict) else list(configs)
+        configured = self.init_cfg
+        configs = [configured] if isinstance(configured, dict) else list(configured or [])
         if not configs:
             print_log(
                 f'{type(self).__name__}: no pretrained weights are configured, so training starts from scratch. Set '
@@ -228,11 +226,9 @@ class SpatialMamba(BaseModule):
         if pretrained and not self.is_init:
             loaders = [self._make_loader(**{k: v for k, v in cfg.items() if k != 'type'}) for cfg in pretrained]
             others = [cfg for cfg in configs if cfg not in pretrained]
-            configured, self.init_cfg = self.init_cfg, [*others, *(dict(type=loader) for loader in loaders)]
-            super().init_weights()
-            self.init_cfg = configured
-        else:
-            super().init_weights()
+            self.init_cfg = [*others, *(dict(type=loader) for loader in loaders)]
+        super().init_weights()
+        self.init_cfg = configured
 
     def _make_loader(self, checkpoint, **options):
         """Read and audit a file; the result is what mmengine's ``initialize`` builds an initializer from."""

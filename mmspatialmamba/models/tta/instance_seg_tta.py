@@ -93,14 +93,7 @@ class InstanceSegTTAModel(BaseTTAModel):
         return [views[0] for views in data_samples_list]
 
     def _take_flip(self, sample: DetDataSample) -> str | None:
-        """Take the flip out of what the detector is told: mmdet's cascades would flip masks that they merge by it.
-
-        Args:
-            sample (DetDataSample): A view. Its ``flip`` is False afterwards.
-
-        Returns:
-            str, optional: The direction in which the view is flipped.
-        """
+        """Take the flip out of what the detector is told: mmdet's cascades would flip masks that they merge by it."""
         if 'flip' not in sample.metainfo:
             raise ValueError(
                 'a view does not say whether it is flipped: give tta_pipeline a RandomFlip (prob=0.0 flips nothing) '
@@ -111,15 +104,9 @@ class InstanceSegTTAModel(BaseTTAModel):
         return direction
 
     def _to_original(self, sample: DetDataSample, flip: str | None) -> InstanceData:
-        """Undo the flip of a view's prediction and crop its masks.
+        """Undo the flip of a view's prediction, and replace its masks by a list of crops.
 
-        Args:
-            sample (DetDataSample): The prediction, in the size of the original image.
-            flip (str, optional): The direction in which the view is flipped.
-
-        Returns:
-            InstanceData: ``bboxes``, ``scores``, ``labels``, ``masks`` as a list of crops, and ``crops``: where they
-            are, x1, y1, x2, y2 of int64, (n, 4).
+        ``crops`` of the result says where they are: x1, y1, x2, y2 of int64, (n, 4).
         """
         predicted = sorted(key for key, _ in sample.items() if key.startswith('pred_'))
         if predicted != ['pred_instances'] or 'masks' not in sample.pred_instances:
@@ -169,17 +156,10 @@ class InstanceSegTTAModel(BaseTTAModel):
 
 
 def _vote(masks: list[Tensor], crops: Tensor, members: Tensor, weights: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Let masks vote, pixel by pixel.
+    """Let the masks of each group vote, pixel by pixel: half of the group's weight sets a pixel.
 
-    Args:
-        masks (list[Tensor]): Boolean crops.
-        crops (Tensor): Where they are: x1, y1, x2, y2 of int64, (n, 4).
-        members (Tensor): The indices of each group's masks, (views, groups).
-        weights (Tensor): The weight of each of these, (views, groups).
-        shape (tuple[int, int]): (height, width) of the image.
-
-    Returns:
-        Tensor: For each group, the pixels with at least half of its weight. Boolean, (groups, height, width).
+    ``members`` and ``weights``, (views, groups), are the indices of each group's masks and their weights. The result is
+    boolean, (groups, height, width).
     """
     merged = weights.new_zeros(members.shape[1], *shape, dtype=torch.bool)
     crops = crops.tolist()

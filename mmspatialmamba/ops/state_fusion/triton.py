@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_tiles import as_pixels, load, new_map, offset_type, pixel_axis, power_of_two, store, tile_of
+from ..triton_tiles import layout_of, load, mask_of, new_map, pixel_axis, power_of_two, store, tile_of
 from .taps import TAPS, merge_taps, split_taps
 
 _TAPS = tl.constexpr(TAPS)
@@ -17,7 +17,7 @@ _TAP_COUNT = tl.constexpr(len(TAPS))
 def _place(
     blocks, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """Which tile a program has: batch, number of the block of channels, number of the tile, channels, rows, columns."""
+    """Which tile a program has: batch, block of channels, tile, channels, and rows, columns and mask of its pixels."""
     program = tl.program_id(0).to(OFFSET)
     tiles_across = (width + COLUMNS - 1) // COLUMNS
     tiles = (height + ROWS - 1) // ROWS * tiles_across
@@ -27,34 +27,33 @@ def _place(
     place = tl.arange(0, ROWS * COLUMNS)
     row = tile // tiles_across * ROWS + place // COLUMNS
     column = tile % tiles_across * COLUMNS + place % COLUMNS
-    return batch, block, batch * tiles + tile, block * CHANNELS + tl.arange(0, CHANNELS), row, column
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    return batch, block, batch * tiles + tile, channel, row, column, (row < height) & (column < width)
 
 
 @triton.jit
 def _fusion_kernel(
     h, taps, C, D, u, grad_y, out, h_strides, C_strides, u_strides, grad_y_strides, out_strides,
-    batches, dim, height, width, blocks,
+    dim, height, width, blocks,
     OFFSET: tl.constexpr, PIXEL_AXIS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """With g the fused states, write g, or C g + D u if ``C`` is given, or sums over channels if ``grad_y`` is."""
-    batch, block, tile, channel, row, column = _place(blocks, height, width, ROWS, COLUMNS, CHANNELS, OFFSET)
+    batch, block, _, channel, row, column, pixel_mask = _place(blocks, height, width, ROWS, COLUMNS, CHANNELS, OFFSET)
     pixel = row * width + column
-    pixel_mask = (row < height) & (column < width)
-    mask = tl.expand_dims(channel < dim, PIXEL_AXIS) & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)
+    mask = mask_of(channel < dim, pixel_mask, PIXEL_AXIS)
     fused = tl.full(mask.shape, 0.0, tl.float32)
     states = h + batch * h_strides[0] + tl.expand_dims(channel * h_strides[1], PIXEL_AXIS)
     for tap in tl.static_range(_TAP_COUNT):
         near_row = tl.minimum(tl.maximum(row + _TAPS[tap][0], 0), height - 1)
         near_column = tl.minimum(tl.maximum(column + _TAPS[tap][1], 0), width - 1)
         near = tl.expand_dims((near_row * width + near_column) * h_strides[2], 1 - PIXEL_AXIS)
-        state = tl.load(states + near, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
-        fused += tl.expand_dims(weight, PIXEL_AXIS) * state
+        weight = load(taps + tap * dim + channel, channel < dim)
+        fused += tl.expand_dims(weight, PIXEL_AXIS) * load(states + near, mask)
     if grad_y is not None:
         grad = load(tile_of(grad_y, grad_y_strides, batch, channel, pixel, PIXEL_AXIS), mask)
         part = tl.sum(grad * fused, 1 - PIXEL_AXIS)
-        tl.store(out + (block * batches + batch) * height * width + pixel, part, mask=pixel_mask)
+        tl.store(out + (batch * blocks + block) * height * width + pixel, part, mask=pixel_mask)
     else:
         if C is not None:
             value = load(tile_of(u, u_strides, batch, channel, pixel, PIXEL_AXIS), mask)
@@ -86,10 +85,10 @@ def _fold_kernel(
     are the sums of the first 2, 4 and 6 rows, and of the last 2, 4 and 6; likewise the columns. Every tap of the
     transposed fusion then reads one pixel.
     """
-    batch, block, tile, channel, row, column = _place(blocks, height + 6, width + 6, ROWS, COLUMNS, CHANNELS, OFFSET)
-    channel_mask = tl.expand_dims(channel < dim, PIXEL_AXIS)
-    pixel_mask = (row < height + 6) & (column < width + 6)
-    total = tl.full((channel_mask & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)).shape, 0.0, tl.float32)
+    place = _place(blocks, height + 6, width + 6, ROWS, COLUMNS, CHANNELS, OFFSET)
+    batch, _, _, channel, row, column, pixel_mask = place
+    mask = mask_of(channel < dim, pixel_mask, PIXEL_AXIS)
+    total = tl.full(mask.shape, 0.0, tl.float32)
     first_row, last_row = _folded_range(row, height)
     first_column, last_column = _folded_range(column, width)
     grads = grad + batch * grad_strides[0] + tl.expand_dims(channel * grad_strides[1], PIXEL_AXIS)
@@ -97,14 +96,12 @@ def _fold_kernel(
         for j in range(tl.max(tl.where(pixel_mask, last_column - first_column, 0), 0) + 1):
             pixel = (first_row + i) * width + first_column + j
             near_mask = pixel_mask & (first_row + i <= last_row) & (first_column + j <= last_column)
-            mask = channel_mask & tl.expand_dims(near_mask, 1 - PIXEL_AXIS)
             near = tl.expand_dims(pixel * grad_strides[2], 1 - PIXEL_AXIS)
-            value = tl.load(grads + near, mask=mask, other=0.0).to(tl.float32)
+            value = load(grads + near, mask_of(channel < dim, near_mask, PIXEL_AXIS))
             if C is not None:
-                read = tl.load(C + batch * C_strides[0] + pixel * C_strides[2], mask=near_mask, other=0.0)
-                value *= tl.expand_dims(read.to(tl.float32), 1 - PIXEL_AXIS)
+                read = load(C + batch * C_strides[0] + pixel * C_strides[2], near_mask)
+                value *= tl.expand_dims(read, 1 - PIXEL_AXIS)
             total += value
-    mask = channel_mask & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)
     store(tile_of(out, out_strides, batch, channel, row * (width + 6) + column, PIXEL_AXIS), total, mask)
 
 
@@ -130,21 +127,19 @@ def _fusion_backward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The transposed fusion, and the sums over the program's pixels that make the gradients of the 25 taps."""
-    batch, block, tile, channel, row, column = _place(blocks, height, width, ROWS, COLUMNS, CHANNELS, OFFSET)
+    batch, _, tile, channel, row, column, pixel_mask = _place(blocks, height, width, ROWS, COLUMNS, CHANNELS, OFFSET)
     pixel = row * width + column
-    pixel_mask = (row < height) & (column < width)
-    channel_mask = tl.expand_dims(channel < dim, PIXEL_AXIS)
-    mask = channel_mask & tl.expand_dims(pixel_mask, 1 - PIXEL_AXIS)
+    mask = mask_of(channel < dim, pixel_mask, PIXEL_AXIS)
     state = load(tile_of(h, h_strides, batch, channel, pixel, PIXEL_AXIS), mask)
     total = tl.full(mask.shape, 0.0, tl.float32)
     sources = folded + batch * folded_strides[0] + tl.expand_dims(channel * folded_strides[1], PIXEL_AXIS)
     for tap in tl.static_range(_TAP_COUNT):
         source_row, row_inside = _unfold(row, height, _TAPS[tap][0])
         source_column, column_inside = _unfold(column, width, _TAPS[tap][1])
-        inside = channel_mask & tl.expand_dims(pixel_mask & row_inside & column_inside, 1 - PIXEL_AXIS)
+        inside = mask_of(channel < dim, pixel_mask & row_inside & column_inside, PIXEL_AXIS)
         source = (source_row * (width + 6) + source_column) * folded_strides[2]
-        grad = tl.load(sources + tl.expand_dims(source, 1 - PIXEL_AXIS), mask=inside, other=0.0)
-        weight = tl.load(taps + tap * dim + channel, mask=channel < dim, other=0.0)
+        grad = load(sources + tl.expand_dims(source, 1 - PIXEL_AXIS), inside)
+        weight = load(taps + tap * dim + channel, channel < dim)
         total += tl.expand_dims(weight, PIXEL_AXIS) * grad
         part = tl.sum(grad * state, PIXEL_AXIS)
         tl.store(grad_taps + (tile * _TAP_COUNT + tap) * dim + channel, part, mask=channel < dim)
@@ -174,14 +169,12 @@ def fuse(h, size, taps, out=None, C=None, D=None, u=None, grad_y=None):
     """
     tiles, blocks, constants = _tiling(h, *size, 4)
     if grad_y is not None:
-        out = h.new_empty(blocks, h.shape[0], h.shape[2])
-    maps = (h, C, u, grad_y, out)
+        out = h.new_empty(h.shape[0], blocks, h.shape[2])
+    strides, offset_type = layout_of(h, C, u, grad_y, out)
     _fusion_kernel[(tiles * blocks,)](
-        h, taps, C, D, u, grad_y, out,
-        *(None if x is None else x.stride() for x in maps), h.shape[0], h.shape[1], *size, blocks,
-        OFFSET=offset_type(*(x for x in maps if x is not None)), **constants,
-    )  # fmt: skip
-    return None if grad_y is None else out.sum(0)
+        h, taps, C, D, u, grad_y, out, *strides, h.shape[1], *size, blocks, OFFSET=offset_type, **constants
+    )
+    return None if grad_y is None else out.sum(1)
 
 
 def fuse_backward(grad, h, size, taps, grad_h, C=None):
@@ -193,20 +186,18 @@ def fuse_backward(grad, h, size, taps, grad_h, C=None):
     height, width = size
     memory_format = torch.channels_last if pixel_axis(h) == 0 else torch.contiguous_format
     shape = (batch, dim, height + 6, width + 6)
-    folded = as_pixels(torch.empty(shape, device=h.device, dtype=torch.float32, memory_format=memory_format))
-    maps = (grad, C, folded)
+    folded = torch.empty(shape, device=h.device, dtype=torch.float32, memory_format=memory_format).flatten(2)
     tiles, blocks, constants = _tiling(folded, height + 6, width + 6, 4)
+    strides, offset_type = layout_of(grad, C, folded)
     _fold_kernel[(tiles * blocks,)](
-        *maps, *(None if x is None else x.stride() for x in maps), dim, height, width, blocks,
-        OFFSET=offset_type(*(x for x in maps if x is not None)), **constants,
-    )  # fmt: skip
+        grad, C, folded, *strides, dim, height, width, blocks, OFFSET=offset_type, **constants
+    )
     tiles, blocks, constants = _tiling(h, height, width, 8)
     grad_taps = h.new_empty(tiles, len(TAPS), dim, dtype=torch.float32)
-    maps = (folded, h, grad_h)
+    strides, offset_type = layout_of(folded, h, grad_h)
     _fusion_backward_kernel[(tiles * blocks,)](
-        folded, h, taps, grad_h, grad_taps,
-        *(x.stride() for x in maps), dim, height, width, blocks, OFFSET=offset_type(*maps), **constants,
-    )  # fmt: skip
+        folded, h, taps, grad_h, grad_taps, *strides, dim, height, width, blocks, OFFSET=offset_type, **constants
+    )
     return grad_taps.sum(0)
 
 
@@ -214,7 +205,7 @@ def state_fusion(h, k1, k3, k5, alpha):
     """The fused states, float32, in the memory format of ``h``."""
     out = new_map(h, torch.float32)
     with torch.cuda.device_of(h):
-        fuse(as_pixels(h), h.shape[2:], merge_taps((k1, k3, k5), alpha), as_pixels(out))
+        fuse(h.flatten(2), h.shape[2:], merge_taps((k1, k3, k5), alpha), out.flatten(2))
     return out
 
 
@@ -224,5 +215,5 @@ def state_fusion_backward(grad, h, k1, k3, k5, alpha):
     kernels = (k1, k3, k5)
     taps = merge_taps(kernels, alpha)
     with torch.cuda.device_of(h):
-        grad_taps = fuse_backward(as_pixels(grad), as_pixels(h), h.shape[2:], taps, as_pixels(grad_h))
+        grad_taps = fuse_backward(grad.flatten(2), h.flatten(2), h.shape[2:], taps, grad_h.flatten(2))
     return grad_h, *split_taps(grad_taps, kernels, alpha)

@@ -10,18 +10,18 @@ import torch
 from ..selective_scan.triton import bias_gradient, reverse_scan, scan_into
 from ..state_fusion.taps import merge_taps, split_taps
 from ..state_fusion.triton import fuse, fuse_backward
-from ..triton_tiles import as_pixels, new_map
+from ..triton_tiles import new_map
 
 
 def structure_aware_scan(u, delta, A, B, C, D, k1, k3, k5, alpha, delta_bias, delta_softplus):
     """y, in the dtype and the memory format of ``u``."""
     y = new_map(u)
     size = u.shape[2:]
-    h = as_pixels(new_map(u, torch.float32))
-    u, delta, B, C = (as_pixels(x) for x in (u, delta, B, C))
+    h = new_map(u, torch.float32).flatten(2)
+    u, delta, B, C = (x.flatten(2) for x in (u, delta, B, C))
     with torch.cuda.device_of(u):
         scan_into(h.unsqueeze(2), u, delta, A, B, delta_bias, delta_softplus)
-        fuse(h, size, merge_taps((k1, k3, k5), alpha), as_pixels(y), C, D.contiguous(), u)
+        fuse(h, size, merge_taps((k1, k3, k5), alpha), y.flatten(2), C, D.contiguous(), u)
     return y
 
 
@@ -31,8 +31,8 @@ def structure_aware_scan_backward(grad, u, delta, A, B, C, D, k1, k3, k5, alpha,
     size, map_shape = u.shape[2:], B.shape
     kernels = (k1, k3, k5)
     taps = merge_taps(kernels, alpha)
-    h, grad_h = (as_pixels(new_map(u, torch.float32)) for _ in range(2))
-    grad, u, delta, B, C = (as_pixels(x) for x in (grad, u, delta, B, C))
+    h, grad_h = (new_map(u, torch.float32).flatten(2) for _ in range(2))
+    grad, u, delta, B, C = (x.flatten(2) for x in (grad, u, delta, B, C))
     D = D.contiguous()
     with torch.cuda.device_of(u):
         scan_into(h.unsqueeze(2), u, delta, A, B, delta_bias, delta_softplus)
@@ -40,7 +40,7 @@ def structure_aware_scan_backward(grad, u, delta, A, B, C, D, k1, k3, k5, alpha,
         grad_taps = fuse_backward(grad, h, size, taps, grad_h, C)
         grad_A, grad_B, grad_bias, grad_D = reverse_scan(
             grad_h.unsqueeze(2), h.unsqueeze(2), u, delta, A, B, delta_bias, delta_softplus,
-            as_pixels(grad_u), as_pixels(grad_delta), grad, D,
+            grad_u.flatten(2), grad_delta.flatten(2), grad, D,
         )  # fmt: skip
     return (
         grad_u,
