@@ -16,7 +16,6 @@ from mmspatialmamba.models.layers import PointwiseConv
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-_LAYERS = ('stem', 'stages', 'downsamples')
 _Model = TypeVar('_Model', bound=nn.Module)
 
 
@@ -159,6 +158,12 @@ def _describe(module: nn.Module | None) -> str:
     return f'{type(module).__name__}({arguments})'
 
 
+def _layers(backbone: SpatialMamba, name: str) -> dict[str, nn.Module]:
+    """List the modules that a prepared copy replaces."""
+    layers = {f'{name}.{part}'.lstrip('.'): backbone.get_submodule(part) for part in ('stem', 'stages', 'downsamples')}
+    return {path: module for prefix, layer in layers.items() for path, module in layer.named_modules(prefix=prefix)}
+
+
 def _check_layers(backbone: SpatialMamba, name: str) -> None:
     """Raise ValueError unless a backbone's layers are as they were built."""
     # Imported late: mmcv.cnn loads mmcv._ext, which importing this package must not need.
@@ -167,27 +172,23 @@ def _check_layers(backbone: SpatialMamba, name: str) -> None:
     with torch.device('meta'):
         arch = dict(embed_dims=backbone.out_channels[0], depths=backbone.depths)
         built = SpatialMamba(arch, backbone.in_channels, backbone.out_indices)
-    for layer in _LAYERS:
-        modules = dict(backbone.get_submodule(layer).named_modules(prefix=f'{name}.{layer}'.lstrip('.')))
-        expected = dict(built.get_submodule(layer).named_modules(prefix=f'{name}.{layer}'.lstrip('.')))
-        for path in [*expected, *(path for path in modules if path not in expected)]:
-            module, twin = modules.get(path), expected.get(path)
-            if isinstance(module, _BatchNorm) and isinstance(twin, _BatchNorm):
-                same = module.running_mean is not None and module.running_var is not None
+    modules, expected = _layers(backbone, name), _layers(built, name)
+    for path in {**expected, **modules}:
+        module, twin, what = modules.get(path), expected.get(path), None
+        if isinstance(module, _BatchNorm) and isinstance(twin, _BatchNorm):
+            if module.running_mean is None or module.running_var is None:
                 what = f'is {_describe(module)} without running statistics'
-            elif isinstance(module, (DropPath, nn.Identity)) and isinstance(twin, DropPath):
-                same, what = True, ''
-            else:
-                same = type(module) is type(twin) and _describe(module) == _describe(twin)
-                what = f'is {_describe(module)}, not {_describe(twin)}'
-            if same and module is not None:
-                same = 'forward' not in vars(module) and not any(getattr(module, hook) for hook in _HOOKS)
-                what = 'has hooks or a forward of its own'
-            if not same:
-                raise ValueError(
-                    f'prepare_for_cpu: {path} {what}, which a prepared copy would lose: undo or merge that first, '
-                    'or use the model as it is'
-                )
+        elif isinstance(module, (DropPath, nn.Identity)) and isinstance(twin, DropPath):
+            pass
+        elif type(module) is not type(twin) or _describe(module) != _describe(twin):
+            what = f'is {_describe(module)}, not {_describe(twin)}'
+        if module is not None and ('forward' in vars(module) or any(getattr(module, hook) for hook in _HOOKS)):
+            what = 'has hooks or a forward of its own'
+        if what:
+            raise ValueError(
+                f'prepare_for_cpu: {path} {what}, which a prepared copy would lose: undo or merge that first, '
+                'or use the model as it is'
+            )
 
 
 def _check_tensors(backbone: SpatialMamba, name: str) -> torch.dtype:
@@ -234,16 +235,6 @@ def prepare_for_cpu(model: _Model) -> _Model:
         RuntimeError: If torch lacks oneDNN's packed ops, or the processor instructions for bfloat16.
         ValueError: If the model is in training mode, holds no :class:`SpatialMamba`, or a module of a backbone is on
             another device, in another dtype or not as it was built: hooked, parametrized, wrapped, replaced.
-
-    Examples:
-        >>> import torch
-        >>> from mmspatialmamba.deploy import prepare_for_cpu
-        >>> from mmspatialmamba.models import SpatialMamba
-        >>> model = SpatialMamba('tiny').eval()
-        >>> prepared = prepare_for_cpu(model)
-        >>> image = torch.rand(1, 3, 64, 96)
-        >>> all(torch.allclose(a, b, atol=1e-4) for a, b in zip(prepared(image), model(image)))
-        True
     """
     if is_model_wrapper(model):
         raise ValueError(f'prepare_for_cpu: {type(model).__name__} wraps the model: pass its .module')
