@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from mmengine.model import is_model_wrapper
@@ -16,7 +16,6 @@ from mmspatialmamba.models.layers import PointwiseConv
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-_Model = TypeVar('_Model', bound=nn.Module)
 
 
 class _Prepared(nn.Module):
@@ -151,11 +150,9 @@ def _check_processor(dtype: torch.dtype) -> None:
 
 
 def _describe(module: nn.Module | None) -> str:
-    if module is None:
-        return 'nothing'
     # A ParameterList lists its tensors, whose dtype is checked elsewhere.
-    arguments = '' if isinstance(module, nn.ParameterList) else module.extra_repr()
-    return f'{type(module).__name__}({arguments})'
+    arguments = '' if module is None or isinstance(module, nn.ParameterList) else module.extra_repr()
+    return 'nothing' if module is None else f'{type(module).__name__}({arguments})'
 
 
 def _layers(backbone: SpatialMamba, name: str) -> dict[str, nn.Module]:
@@ -217,7 +214,7 @@ def _prepare_backbone(backbone: Any) -> None:
 
 
 @torch.no_grad()
-def prepare_for_cpu(model: _Model) -> _Model:
+def prepare_for_cpu(model: nn.Module) -> nn.Module:
     """Copy a model for inference on a CPU: fold BatchNorm, pack weights, fuse activations and residuals into GEMMs.
 
     The copy's backbones compute what the model's do, but for rounding, and faster (docs/cpu.md). Everything else, heads

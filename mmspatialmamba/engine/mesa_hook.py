@@ -29,12 +29,6 @@ class MESAHook(Hook):
 
     Raises:
         ValueError: If ``loss_weight`` or ``begin`` is out of its range.
-
-    Examples:
-        >>> custom_hooks = [
-        ...     dict(type='EMAHook', momentum=1e-4, update_buffers=True),
-        ...     dict(type='MESAHook', loss_weight=1.0),
-        ... ]
     """
 
     def __init__(self, loss_weight: float, begin: float = 0.25) -> None:

@@ -43,11 +43,6 @@ def multiply_adds(op: str, *shape: int) -> int:
 
     Returns:
         int: Their number. ``torch.utils.flop_counter`` counts a multiply-add as two operations, so twice as many there.
-
-    Examples:
-        >>> from mmspatialmamba.ops.flops import multiply_adds
-        >>> multiply_adds('structure_aware_scan', 1, 128, 56, 56)
-        14450688
     """
     return {**FORWARD, **BACKWARD, **NORM}[op] * prod(shape)
 

@@ -197,13 +197,8 @@ def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
 
 
 def _leaves(tensors: Sequence[torch.Tensor], create_graph: bool) -> list[torch.Tensor]:
-    """Let gradients of a recomputed tensor stop at its inputs.
-
-    With ``create_graph`` the results stay differentiable with regard to the inputs.
-    """
-    if create_graph:
-        return [t.view_as(t) for t in tensors]
-    return [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    """Let gradients of a recomputed tensor stop at its inputs, to which a created graph leads on."""
+    return [t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad) for t in tensors]
 
 
 class _RecomputedLinear(torch.autograd.Function):
@@ -246,13 +241,14 @@ class _RecomputedScan(torch.autograd.Function):
     """The scan of ``linear(dt)`` that keeps ``dt``, and projects it again."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, dt: torch.Tensor, u: torch.Tensor, *parameters: torch.Tensor):
+    def forward(ctx: Any, weight: torch.Tensor, dt: torch.Tensor, u: torch.Tensor, *parameters: Any):
         ctx.context, ctx.autocast = copy_context(), _autocast_state(u.device.type)
         ctx.save_for_backward(weight, dt, u, *parameters)
-        A, B, C, D, k1, k3, k5, alpha, dt_bias = parameters
+        *matrices, k1, k3, k5, alpha, dt_bias = parameters
         with ctx.autocast():
             delta = F.linear(dt, weight).permute(0, 3, 1, 2)
-            return structure_aware_scan(u, delta, A, B, C, D, (k1, k3, k5), alpha, dt_bias)
+            arguments: Any = u, delta, *matrices, (k1, k3, k5), alpha, dt_bias
+            return structure_aware_scan(*arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
@@ -260,13 +256,11 @@ class _RecomputedScan(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad: torch.Tensor):
-        weight, dt, u, *parameters = ctx.saved_tensors
-        A, B, C, D, k1, k3, k5, alpha, dt_bias = parameters
+        weight, dt, u, *matrices, k1, k3, k5, alpha, dt_bias = ctx.saved_tensors
         with ctx.autocast():
             delta = F.linear(dt, weight).permute(0, 3, 1, 2)
-            grad_u, grad_delta, *grads = structure_aware_scan_backward(
-                grad, u, delta, A, B, C, D, (k1, k3, k5), alpha, dt_bias
-            )
+            arguments = u, delta, *matrices, (k1, k3, k5), alpha, dt_bias
+            grad_u, grad_delta, *grads = structure_aware_scan_backward(grad, *arguments)
             grad_delta = grad_delta.permute(0, 2, 3, 1)
             rows, steps = grad_delta.reshape(-1, delta.shape[1]), dt.reshape(-1, dt.shape[-1])
             grad_weight, grad_dt = rows.t() @ steps.to(rows.dtype), grad_delta @ weight.to(rows.dtype)

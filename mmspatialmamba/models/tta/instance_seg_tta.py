@@ -38,12 +38,6 @@ class InstanceSegTTAModel(BaseTTAModel):
             ``max_per_img`` is how many instances of an image are kept.
         data_preprocessor (dict, optional): Data preprocessor, if the detector's config has none.
             Defaults to None.
-
-    Examples:
-        >>> tta_model = dict(
-        ...     type='mmspatialmamba.models.tta.InstanceSegTTAModel',
-        ...     tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
-        ... )
     """
 
     def __init__(self, module: dict | nn.Module, tta_cfg: dict, data_preprocessor: dict | None = None) -> None:
