@@ -9,6 +9,6 @@ backbone_norms = {
         f'backbone.stages.{stage}.{block}.{norm}': backbone_norm
         for stage, depth in enumerate((2, 4, 21, 5))
         for block in range(depth)
-        for norm in ('ln', 'mixer.out_norm')
+        for norm in ('mixer.ln', 'mixer.out_norm', 'mlp.ln')
     },
 }
