@@ -58,7 +58,7 @@ def test_bfloat16_weights():
     with torch.no_grad():
         for output, expected in zip(prepared(images.to(torch.bfloat16)), model(images)):
             assert output.dtype == torch.bfloat16
-            assert (output - expected).norm() < 3e-2 * expected.norm()
+            assert (output - expected).abs().max() < 6e-2 * expected.abs().max()
 
 
 def test_the_model_is_untouched_and_the_copy_independent():
