@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from weakref import WeakSet
 
 import pytest
 import torch
+from measuring import kept_bytes
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -34,29 +34,15 @@ def build_backbone(arch='tiny', **options):
     return SpatialMamba(arch, drop_path_rate=0.0, **options)
 
 
-class Kept:
-    """A tensor that autograd has put away for the backward pass, for as long as it does."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-
 def bytes_kept(model, image):
     """Bytes that autograd keeps from a forward pass of a model for its backward pass, besides weights."""
-    everything = WeakSet()
 
-    def keep(tensor):
-        kept = Kept(tensor)
-        everything.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+    def forward():
         outputs = model(image)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages = (kept.tensor.untyped_storage() for kept in everything)
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    assert all(output.isfinite().all() for output in outputs)
-    return sum(size for data, size in sizes.items() if data not in weights)
+        assert all(output.isfinite().all() for output in outputs)
+        return outputs
+
+    return kept_bytes(forward, model.parameters())
 
 
 def steps(model, images):
