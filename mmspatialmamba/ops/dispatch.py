@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
+from .. import compat
+
 _ENVIRONMENT_VARIABLE = 'MMSPATIALMAMBA_BACKEND'
 _PREFERENCE = ('native', 'triton', 'torch')
 _NATIVE_OPS = ('selective_scan', 'state_fusion', 'structure_aware_scan', 'depthwise_conv', 'gated_layer_norm')
@@ -138,7 +140,7 @@ def choose(*tensors: torch.Tensor | None) -> str:
         ValueError: If a backend was asked for that cannot run on these inputs.
         NotImplementedError: If an input has a tangent of forward-mode AD, which an op would drop.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = compat.is_compiling()
     device, dtype = '', torch.float32
     for tensor in tensors:
         if tensor is None:

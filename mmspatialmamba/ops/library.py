@@ -14,6 +14,7 @@ from typing import Any, Union
 
 import torch
 
+from .. import compat
 from . import dispatch
 
 Shape = tuple[Union[str, int], ...]
@@ -133,8 +134,8 @@ def _register_autograd(namespace: str, op: str, truth: Callable, tensors: int, k
         absent = [None] * (len(inputs) - len(present) + len(ctx.constants))
         return second[0], *[None] * (first_input - 1), *second[1:], *absent
 
-    torch.library.register_autograd(f'{namespace}::{op}', backward, setup_context=setup_context)
-    torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second_context)
+    compat.register_autograd(f'{namespace}::{op}', backward, setup_context=setup_context)
+    compat.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second_context)
 
 
 _libraries: list[torch.library.Library] = []
@@ -189,5 +190,5 @@ def register(
                 kernel = _torch_kernel(getattr(reference, name), fakes[name]) if is_torch else _triton_kernel(op, name)
                 library.impl(name, kernel, 'CompositeExplicitAutograd')
         for name in schemas:
-            torch.library.register_fake(f'{namespace}::{name}', fakes[name])
+            compat.register_fake(f'{namespace}::{name}', fakes[name])
         _register_autograd(namespace, op, getattr(reference, op), tensors, keeps_output)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmspatialmamba import compat
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan, structure_aware_scan_backward
 
 _FORWARDS: dict[type, Callable] = {cls: cls.forward for cls in (nn.Conv2d, nn.LayerNorm, nn.Linear)}
@@ -32,13 +33,12 @@ def _are_plain(*modules: nn.Module) -> bool:
     their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
     hooks. Compilers, tracers and functorch transforms get the modules: they fuse and recompute on their own.
 
-    The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1
-    to 2.14).
+    The private ``_functorch.peek_interpreter_stack`` has no public equivalent (torch 2.1 to 2.14).
     """
     if (
-        torch.compiler.is_compiling()
+        compat.is_compiling()
         or torch.jit.is_tracing()
-        or nn.modules.module._has_any_global_hook()
+        or compat.has_global_hooks()
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return False
@@ -190,9 +190,9 @@ def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
 
     Its cache of weights is off: a weight that is cast without a graph must not serve a call that needs one.
     """
-    if not torch.amp.is_autocast_available(device):
+    if not compat.is_autocast_available(device):
         return nullcontext
-    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    dtype, enabled = compat.get_autocast_dtype(device), compat.is_autocast_enabled(device)
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 

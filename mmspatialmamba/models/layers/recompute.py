@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmspatialmamba import compat
+
 
 class _CopiedStatistics:
     """Context in which the BatchNorm layers of a module update copies of their running statistics."""
@@ -42,7 +44,7 @@ def recompute(module: nn.Module, function: Callable, x: torch.Tensor) -> torch.T
     """
     if not torch.is_grad_enabled():
         return function(x)
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         # Compiled code updates the statistics at its end, once.
         return checkpoint(function, x, use_reentrant=False)
     return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _CopiedStatistics(module)))
