@@ -8,10 +8,12 @@ import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmspatialmamba import ops
+from mmspatialmamba.compat import TORCH
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers import SpatialMambaBlock
 from mmspatialmamba.ops.dispatch import why_unusable
 
+pytestmark = pytest.mark.skipif(TORCH < (2, 9), reason='one graph needs PyTorch 2.9')
 CPU_BACKENDS = [name for name in ops.available_backends() if why_unusable(name, 'cpu') is None]
 SIZES = [(2, 3, 64, 48), (2, 3, 40, 75)]
 

@@ -12,12 +12,14 @@ from torch import nn
 
 import mmspatialmamba
 from mmspatialmamba import ops
+from mmspatialmamba.compat import TORCH
 from mmspatialmamba.models import SpatialMamba
 from mmspatialmamba.models.layers import MLP, SpatialMambaBlock, fused
 from mmspatialmamba.ops import dispatch
 
 # A model on Triton's interpreter would take hours.
 CPU_BACKENDS = [name for name in ops.available_backends() if name != 'triton']
+needs_half_autocast = pytest.mark.skipif(TORCH < (2, 3), reason='PyTorch has float16 autocast on a CPU since 2.3')
 SMALL = dict(embed_dims=8, depths=(1, 1, 1, 1))
 
 
@@ -46,7 +48,7 @@ def gradients(dtype=None, stored=False):
 
 
 @pytest.mark.parametrize('backend', CPU_BACKENDS)
-@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16, pytest.param(torch.float16, marks=needs_half_autocast)], ids=str)
 def test_gradients_are_those_of_stored_tensors(backend, dtype):
     with ops.use_backend(backend):
         for recomputed, stored in zip(gradients(dtype), gradients(dtype, stored=True)):
@@ -189,4 +191,5 @@ def test_forward_pass_is_short():
         model(image)
     finally:
         sys.setprofile(None)
-    assert len(calls) <= 12 and calls.total() <= 1000, calls
+    # Before PyTorch 2.4 functions of compat.py stand in for torch's.
+    assert len(calls) <= (12 if TORCH >= (2, 4) else 13) and sum(calls.values()) <= (1000 if TORCH >= (2, 4) else 2000), calls

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmspatialmamba import ops
+from mmspatialmamba.compat import TORCH
 from mmspatialmamba.ops import dispatch
 from mmspatialmamba.ops.dispatch import why_unusable
 
@@ -154,6 +155,7 @@ def test_automatic_choice_is_logged_once(monkeypatch, caplog):
     assert caplog.messages == [f"ops on cpu tensors run on the '{chosen}' backend"]
 
 
+@pytest.mark.skipif(TORCH < (2, 9), reason='one graph needs PyTorch 2.9')
 @pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
 def test_compiled_code_heeds_use_backend(monkeypatch):
     monkeypatch.setattr(dispatch, '_PREFERENCE', ('torch', 'native'))
