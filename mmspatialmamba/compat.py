@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 TORCH = tuple(int(number) for number in torch.__version__.split('.')[:2])
+if TORCH < (2, 1):
+    raise ImportError(f'mmspatialmamba needs PyTorch 2.1 or newer, but torch {torch.__version__} is installed')
 
 # Libraries keep what they registered only as long as they live.
 _libraries: list[torch.library.Library] = []
