@@ -258,7 +258,8 @@ class SpatialMamba(BaseModule):
             tuple[Tensor]: One contiguous (batch, embed_dims * 2^i, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) map for each
             stage i, counted from 0.
         """
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # As `contiguous(memory_format=torch.channels_last)`, which torch.vmap does not have.
+        x = self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i > 0:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan, structure_aware_scan_backward
 
@@ -30,16 +31,17 @@ def _are_plain(*modules: nn.Module) -> bool:
 
     All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
     their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
-    hooks. Compilers, tracers and functorch transforms get the modules: they fuse and recompute on their own.
+    hooks. Compilers, tracers and function transforms get the modules: they fuse and recompute on their own.
 
-    The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1
-    to 2.14).
+    The private ``_has_any_global_hook``, ``_functorch.peek_interpreter_stack`` and ``forward_ad._current_level`` have no
+    public equivalents (torch 2.1 to 2.14).
     """
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or nn.modules.module._has_any_global_hook()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     for module in modules:
