@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmspatialmamba.registry import SCOPE, register_model
 
-from ..layers import Downsample, SpatialMambaBlock, Stem
+from ..layers import Downsample, LayerNorm2d, SpatialMambaBlock, Stem
 from ..utils import from_upstream, is_upstream
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -125,7 +125,7 @@ class SpatialMamba(BaseModule):
         )
         self.downsamples = nn.ModuleList(Downsample(channels, norm, with_cp) for channels in self.out_channels[:-1])
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+            self.add_module(f'norm{i}', LayerNorm2d(self.out_channels[i]))
 
         self._register_load_state_dict_pre_hook(self._prepare_to_load)
         self._freeze()
@@ -266,6 +266,5 @@ class SpatialMamba(BaseModule):
                 x = self.downsamples[i - 1](x)
             x = self.stages[i](x)
             if i in self.out_indices:
-                norm = getattr(self, f'norm{i}')
-                outs.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
+                outs.append(getattr(self, f'norm{i}')(x).contiguous())
         return tuple(outs)
