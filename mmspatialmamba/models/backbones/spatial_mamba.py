@@ -248,6 +248,31 @@ class SpatialMamba(BaseModule):
 
         return lambda: load
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning-rate decay.
+
+        The stem has depth 0, and each block one more than the block before. A downsampling layer has the depth of the
+        block that follows, output norms and all outside the backbone the largest depth.
+
+        Args:
+            param_name (str): Name of the parameter in the model.
+            prefix (str): Prefix of the backbone's parameters. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths.
+        """
+        num_layers = sum(self.depths) + 2
+        part, *indices = param_name[len(prefix) :].split('.') if param_name.startswith(prefix) else ('head',)
+        if part == 'stem':
+            depth = 0
+        elif part == 'stages':
+            depth = sum(self.depths[: int(indices[0])]) + int(indices[1]) + 1
+        elif part == 'downsamples':
+            depth = sum(self.depths[: int(indices[0]) + 1]) + 1
+        else:
+            depth = num_layers - 1
+        return depth, num_layers
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
 
