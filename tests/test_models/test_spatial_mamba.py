@@ -181,6 +181,23 @@ def test_norm_eval_keeps_running_statistics():
     assert backbone.training and backbone.stages[0][0].training
 
 
+@pytest.mark.parametrize(
+    'size, options',
+    [((32, 33), {}), ((32, 32), dict(norm_eval=True)), ((32, 32), dict(norm_cfg=dict(type='GN', num_groups=2)))],
+    ids=['2 pixels', 'norm_eval', 'GN'],
+)
+def test_one_image_trains(size, options):
+    backbone = small(**options).train()
+    sum(out.square().sum() for out in backbone(torch.randn(1, 3, *size))).backward()
+    assert all(p.grad.isfinite().all() for p in backbone.parameters())
+    assert all(buffer.isfinite().all() for buffer in backbone.buffers())
+
+
+def test_batch_norm_of_a_single_value_is_an_error():
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+        small().train()(torch.randn(1, 3, 32, 32))
+
+
 def test_norm_cfg_chooses_the_normalisation():
     backbone = small(norm_cfg=dict(type='SyncBN', requires_grad=False))
     norms = [m for m in backbone.modules() if isinstance(m, nn.SyncBatchNorm)]
