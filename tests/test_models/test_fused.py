@@ -128,11 +128,15 @@ def test_outputs_may_be_changed_in_place(shape):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize('hooked', [False, True], ids=['', 'hooked'])
+@pytest.mark.parametrize('with_cp', [False, True], ids=['', 'with_cp'])
 @pytest.mark.parametrize('name', CPU_BACKENDS)
-def test_backward_runs_on_the_backend_of_forward(name, monkeypatch):
+def test_backward_runs_on_the_backend_of_forward(name, with_cp, hooked, monkeypatch):
     monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
     torch.manual_seed(0)
-    block, chosen = SpatialMambaBlock(4), []
+    block, chosen = SpatialMambaBlock(4, with_cp=with_cp), []
+    if hooked:
+        block.mlp.fc2.register_forward_hook(lambda *args: None)
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, 'choose', lambda *tensors: chosen.append(choose(*tensors)) or chosen[-1])
     with ops.use_backend(name):
