@@ -38,7 +38,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         }
         if not backbones:
             raise ValueError(
-                f'{type(self).__name__}: {type(module).__name__} has no backbone with get_layer_depth(param_name, prefix): '
+                f'{type(self).__name__}: {type(module).__name__} has no backbone with get_layer_depth(); '
                 'use a SpatialMamba, or another constructor'
             )
         names = {parameter: name for name, parameter in module.named_parameters()}

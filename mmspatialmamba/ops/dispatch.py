@@ -59,17 +59,14 @@ MISSING: dict[str, str | None] = {'native': _load_native(), 'triton': _find_trit
 _NATIVE_DEVICES = _native_devices()
 
 
-def why_unusable(
-    name: str, device: str, dtype: torch.dtype = torch.float32, transforming: bool = False
-) -> str | None:
+def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32, transforming: bool = False) -> str | None:
     """Why a backend cannot run on a device, with what would make it usable, or None where it can.
 
     Args:
         name (str): 'native', 'triton' or 'torch'.
         device (str): Type of the device, such as 'cpu' or 'cuda'.
         dtype (torch.dtype): The widest dtype among the inputs. Defaults to ``torch.float32``.
-        transforming (bool): Whether PyTorch transforms the call, or differentiates it in forward mode. Defaults to
-            False.
+        transforming (bool): Whether a function transform or forward-mode AD is on. Defaults to False.
     """
     if MISSING[name]:
         return MISSING[name]
@@ -136,14 +133,14 @@ def _automatic_choice(device: str, dtype: torch.dtype, transforming: bool) -> st
 def choose(*tensors: torch.Tensor | None) -> str:
     """Choose the next call's backend: ``use_backend``'s, else ``MMSPATIALMAMBA_BACKEND``'s, else the preferred one.
 
-    PyTorch transforms (``torch.func``, ``torch.vmap``) no registered op that has a formula for its gradients, and has no
-    public function that tells whether it transforms, or differentiates in forward mode (torch 2.1 to 2.14).
+    PyTorch applies function transforms (``torch.func``, ``torch.vmap``) and forward-mode AD to no registered op with a
+    gradient formula, and has no public function that tells whether either is on (torch 2.1 to 2.14).
 
     Args:
         *tensors (Tensor, optional): The call's inputs; they are on one device.
 
     Returns:
-        str: The name of the backend; where PyTorch transforms or differentiates in forward mode, 'reference'.
+        str: The name of the backend; under function transforms and forward-mode AD 'reference'.
 
     Raises:
         ValueError: If a backend was asked for that cannot run on these inputs.

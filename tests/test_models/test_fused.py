@@ -240,8 +240,8 @@ def test_function_transforms():
 @pytest.mark.parametrize(
     'options, transform, message',
     [
-        (dict(), torch.func.grad, 'in-place operation .* that would mutate a captured Tensor'),
-        (dict(), torch.vmap, 'Batch norm got a batched tensor as input while the running_mean or running_var'),
+        ({}, torch.func.grad, 'in-place operation .* that would mutate a captured Tensor'),
+        ({}, torch.vmap, 'Batch norm got a batched tensor as input while the running_mean or running_var'),
         (dict(norm_eval=True), torch.vmap, 'called random operation while in randomness error mode'),
         (dict(norm_eval=True, with_cp=True), torch.func.grad, "don't yet support saved tensor hooks"),
     ],

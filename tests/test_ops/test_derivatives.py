@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from test_ops.truth import relative_error
+from torch.autograd import forward_ad
 
 from mmspatialmamba import ops
 

@@ -95,7 +95,7 @@ def test_torch_and_mmengine_count_a_backbone_alike(backend):
 
 
 def profile(model, image, rules):
-    """Count multiply-adds and parameters as thop.profile does: by hooks, of modules of exactly the classes in ``rules``."""
+    """Count multiply-adds and parameters as thop.profile does: by hooks on the classes in ``rules``."""
 
     def count_below(module):
         counts = [module.total_ops.item(), 0]

@@ -33,8 +33,8 @@ def _are_plain(*modules: nn.Module) -> bool:
     their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
     hooks. Compilers, tracers and function transforms get the modules: they fuse and recompute on their own.
 
-    The private ``_has_any_global_hook``, ``_functorch.peek_interpreter_stack`` and ``forward_ad._current_level`` have no
-    public equivalents (torch 2.1 to 2.14).
+    The private ``_has_any_global_hook``, ``_functorch.peek_interpreter_stack`` and ``forward_ad._current_level`` have
+    no public equivalents (torch 2.1 to 2.14).
     """
     if (
         torch.compiler.is_compiling()

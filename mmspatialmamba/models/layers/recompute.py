@@ -30,8 +30,8 @@ class _CopiedStatistics:
 def recompute(module: nn.Module, function: Callable, x: torch.Tensor) -> torch.Tensor:
     """Checkpoint a module's forward pass: recompute its activations in backward instead of keeping them.
 
-    BatchNorm layers update their running statistics once. Both passes run in the context of the first, on its backend. The
-    module must be the same in both: hooks added or removed in between are an error.
+    BatchNorm layers update their running statistics once. Both passes run in the context of the first, on its backend.
+    The module must be the same in both: hooks added or removed in between are an error.
 
     Args:
         module (nn.Module): The module.

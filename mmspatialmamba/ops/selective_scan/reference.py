@@ -69,8 +69,7 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         decay, drive = (
-            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(inputs, in_dims)
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(inputs, in_dims)
         )
         h = linear_recurrence(decay.flatten(0, 1), drive.flatten(0, 1))
         return h.unflatten(0, decay.shape[:2]), 0
