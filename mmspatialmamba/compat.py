@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 TORCH = tuple(int(number) for number in torch.__version__.split('.')[:2])
 if TORCH < (2, 1):
@@ -24,6 +25,14 @@ def _extend(name: str, kernel: Callable, key: str) -> None:
     library = torch.library.Library(namespace, 'IMPL')
     library.impl(op, kernel, key)
     _libraries.append(library)
+
+
+def is_transforming() -> bool:
+    """Tell whether a function transform (``torch.func``, ``torch.vmap``) or forward-mode AD is on.
+
+    PyTorch has no public function that does (2.1 to 2.14).
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _is_compiling() -> bool:

@@ -60,6 +60,22 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def run(op: str, reference: ModuleType, *arguments: Any) -> Any:
+    """Run an op on the backend that :func:`dispatch.choose` chooses.
+
+    Args:
+        op (str): Name of the op.
+        reference (ModuleType): Has the truth under that name.
+        *arguments (object): The op's arguments.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    backend = dispatch.choose(*tensors)
+    if backend != 'reference':
+        return getattr(getattr(torch.ops, f'mmspatialmamba_{backend}'), op)(*arguments)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return getattr(reference, op)(*arguments)
+
+
 def like_inputs(*inputs: Any) -> Gradients:
     """Allocate the gradient of each input, in its dtype and memory format.
 

@@ -98,6 +98,47 @@ def test_torch_and_mmengine_count_a_backbone_alike(backend):
         assert by_operator == analyzer(model, image).by_operator()
 
 
+def profile(model, image, rules):
+    """Count multiply-adds and parameters as thop.profile does: by hooks on the classes in ``rules``."""
+
+    def count_below(module):
+        counts = [module.total_ops.item(), 0]
+        for child in module.children():
+            found = (child.total_ops.item(), sum(p.numel() for p in child.parameters()))
+            for i, count in enumerate(found if type(child) in rules else count_below(child)):
+                counts[i] += count
+        return counts
+
+    for module in model.modules():
+        module.register_buffer('total_ops', torch.zeros(1, dtype=torch.float64))
+        if type(module) in rules:
+            module.register_forward_hook(rules[type(module)])
+    with torch.no_grad():
+        model(image)
+    return tuple(count_below(model))
+
+
+def test_tools_that_hook_modules_count_all():
+    from mmspatialmamba.models import SpatialMamba
+    from mmspatialmamba.models.layers import THOP_OPS, LayerNorm2d
+
+    def count_linear(linear, inputs, output):
+        linear.total_ops += linear.in_features * output.numel()
+
+    def count_conv(conv, inputs, output):
+        conv.total_ops += conv.weight[0].numel() * output.numel()
+
+    model, image = SpatialMamba(arch=SMALL_ARCH).eval(), torch.rand(1, 3, 64, 64)
+    parameters = sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    norms = dict.fromkeys((LayerNorm2d, torch.nn.LayerNorm, torch.nn.BatchNorm2d), lambda *args: None)
+    rules = {torch.nn.Linear: count_linear, torch.nn.Conv2d: count_conv, **THOP_OPS, **norms}
+    twice = torch.nn.Sequential(model)
+    twice.forward = lambda image: (model(image), model(image))
+    assert profile(twice, image, rules) == (counter.get_total_flops(), parameters)
+
+
 @pytest.mark.parametrize('backend', ON_CPU)
 def test_unfused_ops_are_counted_in_a_trace(backend):
     class Unfused(torch.nn.Module):

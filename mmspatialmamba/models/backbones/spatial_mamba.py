@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmspatialmamba.registry import SCOPE, register_model
 
-from ..layers import Downsample, SpatialMambaBlock, Stem
+from ..layers import Downsample, LayerNorm2d, SpatialMambaBlock, Stem
 from ..utils import from_upstream, is_upstream
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -125,7 +125,7 @@ class SpatialMamba(BaseModule):
         )
         self.downsamples = nn.ModuleList(Downsample(channels, norm, with_cp) for channels in self.out_channels[:-1])
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+            self.add_module(f'norm{i}', LayerNorm2d(self.out_channels[i]))
 
         self._register_load_state_dict_pre_hook(self._prepare_to_load)
         self._freeze()
@@ -248,6 +248,31 @@ class SpatialMamba(BaseModule):
 
         return lambda: load
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning-rate decay.
+
+        The stem has depth 0, and each block one more than the block before. A downsampling layer has the depth of the
+        block that follows, output norms and all outside the backbone the largest depth.
+
+        Args:
+            param_name (str): Name of the parameter in the model.
+            prefix (str): Prefix of the backbone's parameters. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths.
+        """
+        num_layers = sum(self.depths) + 2
+        part, *indices = param_name[len(prefix) :].split('.') if param_name.startswith(prefix) else ('head',)
+        if part == 'stem':
+            depth = 0
+        elif part == 'stages':
+            depth = sum(self.depths[: int(indices[0])]) + int(indices[1]) + 1
+        elif part == 'downsamples':
+            depth = sum(self.depths[: int(indices[0]) + 1]) + 1
+        else:
+            depth = num_layers - 1
+        return depth, num_layers
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
 
@@ -258,13 +283,13 @@ class SpatialMamba(BaseModule):
             tuple[Tensor]: One contiguous (batch, embed_dims * 2^i, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) map for each
             stage i, counted from 0.
         """
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # As `contiguous(memory_format=torch.channels_last)`, which torch.vmap does not have.
+        x = self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i > 0:
                 x = self.downsamples[i - 1](x)
             x = self.stages[i](x)
             if i in self.out_indices:
-                norm = getattr(self, f'norm{i}')
-                outs.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
+                outs.append(getattr(self, f'norm{i}')(x).contiguous())
         return tuple(outs)

@@ -31,16 +31,9 @@ def _are_plain(*modules: nn.Module) -> bool:
 
     All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
     their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
-    hooks. Compilers, tracers and functorch transforms get the modules: they fuse and recompute on their own.
-
-    The private ``_functorch.peek_interpreter_stack`` has no public equivalent (torch 2.1 to 2.14).
+    hooks. Compilers, tracers and function transforms get the modules: they fuse and recompute on their own.
     """
-    if (
-        compat.is_compiling()
-        or torch.jit.is_tracing()
-        or compat.has_global_hooks()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if compat.is_compiling() or torch.jit.is_tracing() or compat.has_global_hooks() or compat.is_transforming():
         return False
     for module in modules:
         own = module.__dict__
