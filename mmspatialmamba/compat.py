@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 TORCH = tuple(int(number) for number in torch.__version__.split('.')[:2])
 if TORCH < (2, 1):
@@ -25,14 +24,6 @@ def _extend(name: str, kernel: Callable, key: str) -> None:
     library = torch.library.Library(namespace, 'IMPL')
     library.impl(op, kernel, key)
     _libraries.append(library)
-
-
-def is_transforming() -> bool:
-    """Tell whether a function transform (``torch.func``, ``torch.vmap``) or forward-mode AD is on.
-
-    PyTorch has no public function that does (2.1 to 2.14).
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _is_compiling() -> bool:
@@ -87,7 +78,8 @@ def _register_flop_formula(targets: object) -> Callable:
     return lambda formula: formula
 
 
-# Private in all versions: PyTorch has no public function that tells.
+# These two are private: PyTorch has no public functions that tell (2.1 to 2.14).
+are_transforms_active = torch._C._are_functorch_transforms_active
 has_global_hooks = getattr(nn.modules.module, '_has_any_global_hook', _has_global_hooks)
 
 if TORCH >= (2, 2):
@@ -95,10 +87,7 @@ if TORCH >= (2, 2):
 else:
     register_flop_formula = _register_flop_formula
 
-if TORCH >= (2, 3):
-    is_compiling = torch.compiler.is_compiling
-else:
-    is_compiling = _is_compiling
+is_compiling = torch.compiler.is_compiling if TORCH >= (2, 3) else _is_compiling
 
 if TORCH >= (2, 4):
     is_autocast_available = torch.amp.is_autocast_available

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import compat
 
@@ -154,7 +155,7 @@ def choose(*tensors: torch.Tensor | None) -> str:
         device = device or tensor.device.type
         if tensor.dtype == torch.float64:
             dtype = torch.float64
-    transforming = not compiling and compat.is_transforming()
+    transforming = not compiling and (compat.are_transforms_active() or forward_ad._current_level >= 0)
     call = device, dtype, transforming
     if (name := _chosen.get()) is not None:
         _check(name, 'use_backend', *call)

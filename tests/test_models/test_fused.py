@@ -22,7 +22,8 @@ from mmspatialmamba.ops import dispatch
 
 # A model on Triton's interpreter would take hours.
 CPU_BACKENDS = [name for name in ops.available_backends() if name != 'triton']
-needs_half_autocast = pytest.mark.skipif(TORCH < (2, 3), reason='PyTorch has float16 autocast on a CPU since 2.3')
+# PyTorch has float16 autocast on a CPU since 2.3.
+AUTOCAST_DTYPES = [None, torch.bfloat16, torch.float16] if TORCH >= (2, 3) else [None, torch.bfloat16]
 SMALL = dict(embed_dims=8, depths=(1, 1, 1, 1))
 
 
@@ -51,9 +52,7 @@ def gradients(dtype=None, stored=False):
 
 
 @pytest.mark.parametrize('backend', CPU_BACKENDS)
-@pytest.mark.parametrize(
-    'dtype', [None, torch.bfloat16, pytest.param(torch.float16, marks=needs_half_autocast)], ids=str
-)
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES, ids=str)
 def test_gradients_are_those_of_stored_tensors(backend, dtype):
     with ops.use_backend(backend):
         for recomputed, stored in zip(gradients(dtype), gradients(dtype, stored=True)):

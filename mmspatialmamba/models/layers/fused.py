@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from mmspatialmamba import compat
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan, structure_aware_scan_backward
@@ -32,8 +33,16 @@ def _are_plain(*modules: nn.Module) -> bool:
     All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
     their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
     hooks. Compilers, tracers and function transforms get the modules: they fuse and recompute on their own.
+
+    ``forward_ad._current_level`` has no public equivalent (torch 2.1 to 2.14).
     """
-    if compat.is_compiling() or torch.jit.is_tracing() or compat.has_global_hooks() or compat.is_transforming():
+    if (
+        compat.is_compiling()
+        or torch.jit.is_tracing()
+        or compat.has_global_hooks()
+        or compat.are_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return False
     for module in modules:
         own = module.__dict__
