@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint, get_state_dict
 from torch import nn
 
 from mmspatialmamba.checkpoint import CheckpointError, audit, register_checkpoint_loaders, to_mmengine
@@ -77,7 +77,8 @@ class LoadAuditHook(Hook):
 
     def _audited(self, state: dict, model: nn.Module, source: str) -> OrderedDict:
         report = audit(state, model, source, **self.options, options='default_hooks.load_audit')
-        audited = OrderedDict({**model.state_dict(), **report.weights})
-        if hasattr(state, '_metadata'):
-            audited._metadata = state._metadata
+        kept = {*report.fresh, *(name for name, *_ in report.differences)}
+        own = get_state_dict(model)
+        audited = OrderedDict({**{name: own[name] for name in own.keys() & kept}, **report.weights})
+        audited._metadata = own._metadata
         return audited
