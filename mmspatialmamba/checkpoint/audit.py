@@ -147,20 +147,22 @@ def pair(
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Pair the tensors of a state dict with those of the model that would load them. Loads nothing.
 
-    Models rename, copy and drop tensors while they load. So the model loads as ever, but a last hook at each module
-    takes the module's tensors away. Only pre-hooks see the renamed tensors, and only ``_save_to_state_dict`` tells a
-    module's own names: both are private in torch 2.1. Tried on torch 2.1 and 2.14.
+    Models rename, copy and drop tensors while they load. So mmengine loads the state dict, and a pre-hook at each
+    module, its last, takes the module's tensors away. Pre-hooks are public since torch 2.5;
+    ``_save_to_state_dict``, which tells a module's own names as state dicts have them, is not. Tried on torch 2.1 and
+    2.14.
 
     Args:
         state (Mapping[str, Tensor]): The state dict.
         module (nn.Module): The model, or a wrapper of mmengine's around it.
 
     Returns:
-        dict: By the model's names, a tensor of the state dict and one of the model; None where the model lacks it or,
-        for the first, where the state dict does. Tensors that the model does without are not there.
+        dict: By the model's names, a tensor of the state dict, None where it lacks one, and a tensor of the model, None
+        where it has none of that name. What the model does not miss in the state dict is left out.
     """
-    outside = get_state_dict(module, keep_vars=True)
-    names = {id(value): name for name, value in outside.items()}
+    # A model may save its tensors by other names than its modules have.
+    saved = get_state_dict(module, keep_vars=True)
+    saved_names = {id(value): name for name, value in saved.items()}
     own, taken, seen, missing_keys, unexpected_keys = {}, {}, {}, (), ()
 
     def take(submodule, state_dict, prefix, metadata, strict, missing, unexpected, errors):
@@ -183,12 +185,12 @@ def pair(
     finally:
         for handle in handles:
             handle.remove()
-    pairs = {}
+    pairs, missing_keys = {}, set(missing_keys)
     for name, value in own.items():
         given = taken.get(name)
         # BatchNorm gives itself its own counter where the state dict has none.
         if given is not value and (given is not None or name in missing_keys):
-            pairs[name if name in outside else names.get(id(value), name)] = given, value
+            pairs[name if name in saved else saved_names.get(id(value), name)] = given, value
     return {**pairs, **{name: (seen[name], None) for name in unexpected_keys}}
 
 
@@ -241,9 +243,7 @@ def audit(
     prefixes = tuple(prefix for prefix in backbones if prefix in find_backbones(given)) or (*backbones, '')[:1]
     prefix = prefixes[0]
     shared = [name for name in given if name in wanted and not name.startswith(prefixes)]
-    classifier = held and (
-        is_classifier(state, held[0]) or not shared and is_classifier(below(state, held[0]), '')
-    )
+    classifier = held and (is_classifier(state, held[0]) or not shared and is_classifier(below(state, held[0]), ''))
     state, report = given, LoadReport(source)
     if classifier and not is_classifier(wanted, prefix):
         state = {name: value for name, value in state.items() if name.startswith(prefixes)}
