@@ -171,6 +171,11 @@ def launch(task: str, argv: list[str]) -> None:
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)
     cfg.merge_from_dict(args.cfg_options or {})
+    if cfg.get('default_scope') == 'mmdet' and 'pretrained' in cfg.get('model', {}):
+        raise LaunchError(
+            f'config {argv[0]} sets model.pretrained, which mmdet does not take: leave it out, and set '
+            "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL) to start from weights"
+        )
     options = task_options(cfg, args, task, prepare='--prepare' in argv)
     try:
         with interruptible():

@@ -63,9 +63,12 @@ class SpatialMamba(BaseModule):
               size. Default: False.
 
             Defaults to None.
+        pretrained (str, optional): The same as ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``: mmseg sets
+            it where a config has ``model.pretrained``. Defaults to None.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist.
+        ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist, or if both ``init_cfg`` and
+            ``pretrained`` are given.
 
     Examples:
         >>> import torch
@@ -96,9 +99,14 @@ class SpatialMamba(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
     ) -> None:
         if isinstance(init_cfg, dict) and init_cfg.get('checkpoint', '') is None:
             init_cfg = None
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(f'{type(self).__name__}: set init_cfg or pretrained (now {pretrained!r}), not both')
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg=init_cfg)
         embed_dims, self.depths = self._parse_arch(arch)
         self.in_channels = in_channels
@@ -127,7 +135,6 @@ class SpatialMamba(BaseModule):
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(self.out_channels[i]))
 
-        self._register_load_state_dict_pre_hook(self._prepare_to_load)
         self._freeze()
 
     @classmethod
@@ -156,7 +163,7 @@ class SpatialMamba(BaseModule):
             )
         return tuple(sorted({i % self.num_stages for i in indices}))
 
-    def _prepare_to_load(self, state_dict, prefix, local_metadata, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Rename keys of the original release and of earlier versions, and audit what ``read_checkpoint`` has read.
 
         A bare backbone takes its part, below 'backbone.', of a whole model's state dict. Metadata tell the file.
@@ -171,6 +178,7 @@ class SpatialMamba(BaseModule):
             state_dict[prefix + from_upstream(name, last_stage)] = state_dict.pop(prefix + name)
         if SCOPE in local_metadata:
             self._audit(state_dict, prefix, local_metadata[SCOPE])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _audit(self, state_dict, prefix, note):
         """Refuse a file's weights that are not this backbone's; leave in ``state_dict`` what to load."""
@@ -182,7 +190,7 @@ class SpatialMamba(BaseModule):
             # A whole model's file, of which a bare backbone takes its part.
             inside = {key: value for key, value in inside.items() if key.startswith((*self._modules, 'norm'))}
         options = "default_hooks=dict(load_audit=dict(type='LoadAuditHook'))"
-        report = audit(inside, self, note['file'], note['classifier'], options=options)
+        report = audit(inside, self, note['file'], options=options)
         for name in report.fresh:
             state_dict[prefix + name] = self.get_parameter(name)
 
