@@ -78,6 +78,8 @@ def _register_flop_formula(targets: object) -> Callable:
     return lambda formula: formula
 
 
+COMPILES_CONTEXT_VARIABLES = TORCH >= (2, 14)
+
 # These two are private: PyTorch has no public functions that tell (2.1 to 2.14).
 are_transforms_active = torch._C._are_functorch_transforms_active
 has_global_hooks = getattr(nn.modules.module, '_has_any_global_hook', _has_global_hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,15 @@ _ENVIRONMENT_VARIABLE = 'MMSPATIALMAMBA_BACKEND'
 _PREFERENCE = ('native', 'triton', 'torch')
 _NATIVE_OPS = ('selective_scan', 'state_fusion', 'structure_aware_scan', 'depthwise_conv', 'gated_layer_norm')
 _chosen: ContextVar[str | None] = ContextVar('mmspatialmamba_backend', default=None)
+
+
+class _ChosenForCompiler(threading.local):
+    """What ``_chosen`` holds, for compilers that cannot read a context variable."""
+
+    name: str | None = None
+
+
+_chosen_for_compiler = _ChosenForCompiler()
 
 
 def _load_native() -> str | None:
@@ -113,11 +123,13 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in available_backends():
         _check(name, 'use_backend', 'cuda' if torch.cuda.is_available() else 'cpu')
-    token = _chosen.set(name)
+    token, before = _chosen.set(name), _chosen_for_compiler.name
+    _chosen_for_compiler.name = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _chosen_for_compiler.name = before
 
 
 def _first_usable(device: str, dtype: torch.dtype, transforming: bool) -> str:
@@ -157,7 +169,8 @@ def choose(*tensors: torch.Tensor | None) -> str:
             dtype = torch.float64
     transforming = not compiling and (compat.are_transforms_active() or forward_ad._current_level >= 0)
     call = device, dtype, transforming
-    if (name := _chosen.get()) is not None:
+    readable = compat.COMPILES_CONTEXT_VARIABLES or not compiling
+    if (name := _chosen.get() if readable else _chosen_for_compiler.name) is not None:
         _check(name, 'use_backend', *call)
     elif (name := os.environ.get(_ENVIRONMENT_VARIABLE)) is not None:
         _check(name, f'the environment variable {_ENVIRONMENT_VARIABLE}', *call)
