@@ -88,7 +88,7 @@ def test_what_is_written_holds_nothing_but_tensors_and_loads_without_the_package
     try:
         loaded = torch.load(tmp_path / 'b.pth', weights_only=True)
     finally:
-        from mmspatialmamba.engine.safe_globals import allow_training_checkpoints
+        from mmspatialmamba.checkpoint.safe_globals import allow_training_checkpoints
 
         allow_training_checkpoints()
     assert loaded.pop('meta') == {}
