@@ -297,9 +297,7 @@ ORDERED = b'ccollections\nOrderedDict\n'
         'global of protocol 4': b'\x8c\x02os\x8c\x06system\x93',
         'global with a dot': HISTORY[:-1] + b'.__init__.__globals__\n',
         'extension': b'\x82\x01',
-        'reference to source code': (
-            b'(X\x06\x00\x00\x00module' + HISTORY + b'X\x01\x00\x00\x00fX\x01\x00\x00\x00xtQ'
-        ),
+        'reference to source code': (b'(X\x06\x00\x00\x00module' + HISTORY + b'X\x01\x00\x00\x00fX\x01\x00\x00\x00xtQ'),
     }.items(),
     ids=lambda item: item[0],
 )
