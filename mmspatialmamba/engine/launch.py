@@ -156,7 +156,7 @@ def resume_advice(cfg: Config, args: Namespace) -> str:
     if not last.is_file():
         return f'no checkpoint was saved in {work_dir} yet: run the same command again to start anew'
     saved = last.read_text().strip()
-    moved = Path(work_dir, Path(saved).name)
+    moved = Path(work_dir, Path(saved).name).absolute()
     checkpoint = moved if moved.is_file() else saved
     return f'to continue from {checkpoint}, run the same command with --resume (and no file after it)'
 

@@ -76,7 +76,7 @@ def test_advice_names_the_last_checkpoint(tmp_path, monkeypatch, work_dir, cfg_w
     assert '--resume' in advice
     # The folder was moved.
     (tmp_path / folder / 'epoch_3.pth').touch()
-    assert f'to continue from {folder}/epoch_3.pth, run' in launch.resume_advice(cfg, args)
+    assert f'to continue from {tmp_path / folder}/epoch_3.pth, run' in launch.resume_advice(cfg, args)
 
 
 @pytest.mark.parametrize(
