@@ -106,8 +106,8 @@ def _known_globals() -> dict[str, Callable]:
 class Unpickler(pickle._Unpickler):
     """Unpickler that calls and changes nothing but what is listed, for the ``pickle_module`` of ``torch.load``.
 
-    It is derived from pickle's private class in Python, whose operations are in a table (tried with Python 3.11):
-    the public one lets a file set attributes of every class and function that it may name.
+    It is derived from pickle's private class in Python, whose operations are in a table (tried with Python 3.11; the
+    same since 3.9): the public one lets a file set attributes of every class and function that it may name.
     """
 
     @staticmethod
@@ -117,9 +117,9 @@ class Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Callable:
         path = f'{module}.{name}'.replace('__builtin__.', 'builtins.')
-        found = _known_globals().get(path)
-        self._check(path if found is None else found, _known_globals().values())
-        return found
+        if path not in _known_globals():
+            raise pickle.UnpicklingError(f'GLOBAL {path} is no part of weights')
+        return _known_globals()[path]
 
     def load_reduce(self) -> None:
         self._check(self.stack[-2], _known_globals().values())

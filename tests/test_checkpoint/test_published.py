@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import publish_model
 import pytest
 import torch
+import upstream_to_mmspatialmamba as converter
 import weights
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
-from test_checkpoint.files import ARCH, backbone_state, published_classifier
+from test_checkpoint.files import ARCH, backbone_state, published_classifier, same
 
 from mmspatialmamba.checkpoint import register_checkpoint_loaders
 from mmspatialmamba.datasets.photo_digits import make_photo_digits
@@ -189,54 +191,27 @@ def test_the_test_scripts(workspace, library):
     assert 'do not match' not in result.stdout + result.stderr
 
 
-def load_after_importing_the_apis(library, path):
-    """Load a demo's model by the library's API, in a process of its own: the import is for all of it."""
-    code = f"""
-import mmspatialmamba.apis
-from mmengine.config import Config
-from {library}.apis import {APIS[library]} as load
-
-cfg = Config.fromfile({str(ROOT / 'configs' / 'demo' / DEMOS[library])!r})
-{'model = load(cfg, pretrained=' if library == 'mmpretrain' else 'model = load(cfg, '}{path!r}, device='cpu')
-import torch
-torch.save(model.state_dict(), {path + '.loaded'!r})
-print(getattr(model, 'dataset_meta', None) or model._dataset_meta)
-"""
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return torch.load(path + '.loaded'), result.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('library', DEMOS)
-def test_a_training_is_published(workspace, library, tmp_path):
-    """A training checkpoint, as tools/train.py writes it; then every way in takes what publish_model.py makes of it."""
-    config = ROOT / 'configs' / 'demo' / DEMOS[library]
-    loop = ('train_cfg.max_iters=1', 'train_cfg.val_interval=1') if library == 'mmseg' else ('train_cfg.max_epochs=1',)
-    by_epoch = library != 'mmseg'
-    options = (
-        '--cfg-options',
-        *loop,
-        'default_hooks.checkpoint.interval=1',
-        f'default_hooks.checkpoint.by_epoch={by_epoch}',
-    )
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+def test_a_training_is_published(workspace, library, tmp_path, monkeypatch):
+    """Every way in takes what publish_model.py makes of a training's checkpoint."""
+    monkeypatch.chdir(workspace)
+    cfg = Config.fromfile(str(ROOT / 'configs' / 'demo' / DEMOS[library]))
+    by_epoch = 'max_epochs' in cfg.train_cfg
+    cfg.train_cfg.update(max_epochs=1) if by_epoch else cfg.train_cfg.update(max_iters=1, val_interval=1)
+    cfg.default_hooks.checkpoint = dict(type='ResumableCheckpointHook', interval=1, by_epoch=by_epoch)
+    cfg.work_dir = str(tmp_path)
+    Runner.from_cfg(cfg).train()
+    trained = torch.load((tmp_path / 'last_checkpoint').read_text(), weights_only=True)
+    published = publish_model.publish((tmp_path / 'last_checkpoint').read_text())
+    path = str(converter.write(published, tmp_path / 'model.pth', digest_in_name=True)[1])
 
-    def call(tool, *args):
-        command = [sys.executable, ROOT / 'tools' / tool, *args]
-        result = subprocess.run(list(map(str, command)), cwd=workspace, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        return result.stdout
-
-    call('train.py', config, '--work-dir', tmp_path, *options)
-    trained = (tmp_path / 'last_checkpoint').read_text()
-    path = call('model_converters/publish_model.py', trained, tmp_path / 'model.pth').split()[1]
-    assert os.path.getsize(path) < 0.6 * os.path.getsize(trained)
-    expected = torch.load(trained, weights_only=True)
-    found, printed = load_after_importing_the_apis(library, path)
-    assert found.keys() == expected['state_dict'].keys()
-    assert all(torch.equal(found[name], value) for name, value in expected['state_dict'].items())
-    assert str(expected['meta']['dataset_meta']['classes'][0]) in printed
+    register_checkpoint_loaders()
+    load = getattr(importlib.import_module(f'{library}.apis'), APIS[library])
+    model = load(cfg, pretrained=path) if library == 'mmpretrain' else load(cfg, path, device='cpu')
+    assert same(model.state_dict(), trained['state_dict'])
+    classes = trained['meta']['dataset_meta']['classes']
+    assert (model._dataset_meta if library == 'mmpretrain' else model.dataset_meta)['classes'] == classes
     result = run_test_script(library, path, workspace)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f'that {path} should hold were loaded\n' in result.stdout + result.stderr
