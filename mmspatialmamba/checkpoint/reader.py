@@ -1,4 +1,4 @@
-"""Reading of checkpoints that unpickles nothing but tensors and the allow-list of ``engine/safe_globals.py``."""
+"""Reading of checkpoints that unpickles nothing but tensors and the allow-list of ``safe_globals.py``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mmspatialmamba.registry import SCOPE
 
 from .convert import find_backbones, to_mmengine
 from .errors import CheckpointError
+from .safe_globals import load_weights_only
 
 EMA = 'ema://'
 # How torch.load names what it refuses to run.
@@ -52,7 +53,7 @@ def _load_file(path: Path, map_location: object, source: str) -> dict:
             device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
             checkpoint = load_file(path, device=str(device))
         else:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = load_weights_only(path, map_location)
     except OSError as error:
         raise CheckpointError(f'cannot read {source}: {error.strerror or error}') from error
     except Exception as error:  # Of any class: the file decides what goes wrong.

@@ -6,7 +6,6 @@ from .load_audit_hook import LoadAuditHook
 from .logger_hook import MainProcessLoggerHook
 from .mesa_hook import MESAHook
 from .prepare_hook import PrepareForCPUHook
-from .safe_globals import allow_training_checkpoints
 
 __all__ = [
     'CPUAmpOptimWrapper',
@@ -17,6 +16,5 @@ __all__ = [
     'PrepareForCPUHook',
     'ResumableCheckpointHook',
     'ResumableFSDPStrategy',
-    'allow_training_checkpoints',
     'block_wrap_policy',
 ]

@@ -44,11 +44,13 @@ class LoadAuditHook(Hook):
         self.options = dict(fresh=fresh, max_missing=max_missing, allow_nan=allow_nan, inflate_stem=inflate_stem)
 
     def before_run(self, runner: Runner) -> None:
-        """Let mmengine read this run's checkpoints, and no other file, by ``read_checkpoint``."""
+        """Let mmengine read this run's checkpoints, and no others outside its work_dir, by ``read_checkpoint``."""
         configs = getattr(self._unwrap(runner.model), 'init_cfg', None) or []
         # mmpretrain's model.pretrained is a checkpoint there.
         files = [cfg.get('checkpoint') for cfg in ([configs] if isinstance(configs, dict) else configs)]
-        files.append(runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None))
+        files.append(runner._load_from)
+        if runner._resume and not runner._load_from:
+            files += [runner.work_dir, find_latest_checkpoint(runner.work_dir)]
         for filename in filter(None, files):
             if filename.startswith(('http://', 'https://')) or '://' not in filename:
                 register_checkpoint_loaders(re.escape(filename))
