@@ -79,6 +79,8 @@ def _register_flop_formula(targets: object) -> Callable:
 
 
 COMPILES_CONTEXT_VARIABLES = TORCH >= (2, 14)
+# torch.load with weights_only, and an allow-list for it that takes names as well as classes.
+LOADS_WEIGHTS_ONLY = TORCH >= (2, 6)
 
 # These two are private: PyTorch has no public functions that tell (2.1 to 2.14).
 are_transforms_active = torch._C._are_functorch_transforms_active

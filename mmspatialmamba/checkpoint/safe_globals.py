@@ -20,6 +20,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
+from .. import compat
+
 _METHODS = {
     HistoryBuffer: ('min', 'max', 'current', 'mean'),
     OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
@@ -66,13 +68,13 @@ def allow_training_checkpoints() -> None:
     process, so a forged file can spoil logged statistics. Each of those callables is limited to this list and torch's
     own, so it cannot run code.
     """
-    if torch.__version__ >= (2, 6):
+    if compat.LOADS_WEIGHTS_ONLY:
         torch.serialization.add_safe_globals([(value, name) for name, value in _training_globals().items()])
 
 
 def load_weights_only(path: str | Path, map_location: object = None) -> object:
     """Load a file by ``torch.load``, unpickling tensors, plain containers and what this module lists, and no more."""
-    if torch.__version__ >= (2, 6):
+    if compat.LOADS_WEIGHTS_ONLY:
         return torch.load(path, map_location=map_location, weights_only=True)
     return load_below_2_6(path, map_location)
 

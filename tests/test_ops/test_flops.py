@@ -118,6 +118,7 @@ def profile(model, image, rules):
     return tuple(count_below(model))
 
 
+@needs_formulas
 def test_tools_that_hook_modules_count_all():
     from mmspatialmamba.models import SpatialMamba
     from mmspatialmamba.models.layers import THOP_OPS, LayerNorm2d
