@@ -21,5 +21,5 @@ def register_model(cls: type) -> type:
 
 
 def type_name(kind: str | type | None) -> str:
-    """Name of a config's ``type``: a class, a class name, or one with a scope or module in front, as in dumped configs."""
+    """Name of the class that a config's ``type`` is or names, maybe with a scope or a module before it."""
     return str(getattr(kind, '__name__', kind)).rpartition('.')[2]

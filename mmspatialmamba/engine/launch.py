@@ -50,8 +50,15 @@ def load_config(path: str) -> Config:
 
 
 def find_scope(cfg: Config) -> str | None:
-    """Find the library of a config: its ``default_scope``, or else, in a pure Python config, that of its model."""
-    kind = (cfg.get('model') or {}).get('type')
+    """Find the library of a config: its ``default_scope``, or else, in a pure Python config, that of its model.
+
+    Raises:
+        LaunchError: If the model's class cannot be imported.
+    """
+    try:
+        kind = (cfg.get('model') or {}).get('type')
+    except ImportError as error:
+        raise LaunchError(f'cannot read config {cfg.filename}: {error}') from error
     names = [base.__module__ for base in kind.__mro__] if isinstance(kind, type) else [str(kind)]
     libraries = (name.split('.')[0] for name in names)
     return cfg.get('default_scope') or next((library for library in libraries if library in PIP_NAMES), None)
