@@ -105,6 +105,15 @@ def test_names_the_plugin_and_no_other_weights(path):
     assert path.stem == FSDP or cfg.default_hooks.load_audit.type == 'LoadAuditHook'
 
 
+@pytest.mark.parametrize('stem', [stem for stem, path in FILES.items() if path.parent.name != 'segmentation'])
+def test_learning_rate_is_scaled_from_the_batch_that_it_is_for(stem):
+    cfg = load(FILES[stem])
+    devices = 1 if stem in DEMO else 8
+    # The demo's other configs, as mmseg's, say nothing: --auto-scale-lr is refused.
+    base = cfg.get('auto_scale_lr', {}).get('base_batch_size')
+    assert base == devices * cfg.train_dataloader.batch_size or (base is None and stem in DEMO)
+
+
 def test_pretrained_in_a_file_names_the_weights(tmp_path):
     shutil.copytree(CONFIGS, tmp_path / 'configs')
     changed = [path for path in sorted(tmp_path.rglob('*.py')) if 'pretrained = None' in path.read_text()]

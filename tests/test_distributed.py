@@ -171,6 +171,28 @@ def test_losses_equal_those_of_one_process(on_one_process, name, nodes, processe
     assert largest_difference(losses, expected) < 1e-4
 
 
+@pytest.mark.slow
+def test_resumes_on_another_number_of_processes(on_one_process, tmp_path):
+    plain, expected, expected_images = on_one_process('classifier')
+    checkpoint = dict(type='ResumableCheckpointHook', interval=2)
+    config = write_config(plain.parent, 'resumable', {**CLASSIFIER, 'checkpoint': checkpoint})
+    option = ('--cfg-options', f'train_dataloader.batch_size={BATCH // 2}')
+    command = (sys.executable, TOOLS / 'train.py', config, '--work-dir', tmp_path / 'one')
+    result = run_script(*command, cwd=config.parent, **with_hook())
+    assert result.returncode == 0, result.stderr
+    out = dist_train(config, tmp_path / 'two', '--resume', tmp_path / 'one' / 'epoch_2.pth', *option, **with_hook())
+    assert 'The checkpoint is of 1 processes, and these are 2' in out
+    command = (*command[:-1], tmp_path / 'one again', '--resume', tmp_path / 'two' / 'epoch_6.pth')
+    result = run_script(*command, cwd=config.parent, **with_hook())
+    assert result.returncode == 0, result.stderr
+    assert 'The checkpoint is of 2 processes, and these are 1' in result.stdout
+    for name, epochs in (('two', 2), ('one again', 6)):
+        losses, images = read_losses(tmp_path / name)
+        assert images == expected_images[epochs * IMAGES // BATCH :]
+        assert largest_difference(losses, expected[epochs * IMAGES // BATCH :]) < 1e-4
+    assert 'which would be' not in out + result.stdout
+
+
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize('out_indices', SUBSETS, ids=str)
 def test_every_parameter_that_is_trained_gets_a_gradient(out_indices, options):

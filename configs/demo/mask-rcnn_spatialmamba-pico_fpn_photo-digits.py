@@ -87,6 +87,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
     clip_grad=dict(max_norm=10.0),
 )
+auto_scale_lr = dict(base_batch_size=8)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=60),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),

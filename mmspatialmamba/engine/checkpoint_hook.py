@@ -249,6 +249,12 @@ class ResumableCheckpointHook(CheckpointHook):
         if self._resumed is None:
             return
         self.last_ckpt = runner._load_from
+        if isinstance(loop, EpochBasedTrainLoop) and self.by_epoch and loop.iter != loop.epoch * len(loop.dataloader):
+            runner.logger.warning(
+                f'The checkpoint has {loop.iter} iterations in {loop.epoch} epochs, which would be '
+                f'{loop.epoch * len(loop.dataloader)} here: learning rates and all else that goes by iteration keep '
+                'the old count. To go on as that run, keep the product of batch_size and the number of processes'
+            )
         if 'random_state' in self._resumed:
             restore = partial(set_random_state, self._resumed['random_state'])
             restore()

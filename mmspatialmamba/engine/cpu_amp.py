@@ -1,51 +1,83 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.utils import apply_to
 from torch import nn
 
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Optimizer wrapper for mixed precision on the CPU: backbone and neck in bfloat16, heads and losses in float32.
+    """Optimizer wrapper for mixed precision on the CPU: backbones and necks in bfloat16, heads and losses in float32.
 
     mmengine's ``AmpOptimWrapper`` needs a GPU. bfloat16 has the range of float32, so the loss needs no scaling. Heads
-    stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU.
+    stay in float32 because mmcv's compiled ops (NMS, RoIAlign) take no bfloat16 on the CPU. Backbones and necks are
+    found anywhere in the model: below wrappers, in teachers and in momentum encoders. A model that has none is run in
+    bfloat16 as a whole.
 
     Args:
         loss_scale (object): Not used; an argument of ``AmpOptimWrapper``, whose configs run as they are.
-        dtype (str): 'bfloat16', the only choice. Defaults to 'bfloat16'.
+        dtype (str | torch.dtype): 'bfloat16', the only choice. Defaults to 'bfloat16'.
+        use_fsdp (bool): Not used either. Defaults to False.
         **kwargs: Arguments of :class:`mmengine.optim.OptimWrapper`.
 
     Raises:
         ValueError: If ``dtype`` is another one.
     """
 
-    def __init__(self, loss_scale: object = None, dtype: str = 'bfloat16', **kwargs) -> None:
-        if dtype != 'bfloat16':
+    def __init__(
+        self, loss_scale: object = None, dtype: str | torch.dtype = 'bfloat16', use_fsdp: bool = False, **kwargs
+    ) -> None:
+        if dtype not in ('bfloat16', torch.bfloat16):
             raise ValueError(f"CPUAmpOptimWrapper: dtype must be 'bfloat16', but is {dtype!r}")
         super().__init__(**kwargs)
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Run ``model.extract_feat`` under autocast within the block; mmdet, mmseg and mmpretrain models have it."""
-        module = model.module if is_model_wrapper(model) else model
-        extract_feat = module.extract_feat
-
-        def extract_in_bfloat16(*args, **kwargs):
-            with torch.autocast('cpu', dtype=torch.bfloat16):
-                features = extract_feat(*args, **kwargs)
-            if isinstance(features, torch.Tensor):
-                return features.float()
-            return tuple(feature.float() for feature in features)
-
-        module.extract_feat = extract_in_bfloat16
+        """Run the backbones and necks of ``model`` under autocast within the block."""
+        previous = _set_forwards({module: _in_bfloat16(module.forward) for module in _find_trunks(model)})
         try:
-            with super().optim_context(model):
+            with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16, enabled=not previous):
                 yield
         finally:
-            del module.extract_feat
+            _set_forwards(previous)
+
+
+@torch.compiler.disable
+def _set_forwards(forwards: dict[nn.Module, Callable | None]) -> dict[nn.Module, Callable | None]:
+    """Replace modules' own ``forward``, None where the class's is used, and return the previous ones.
+
+    TorchDynamo cannot trace this: with ``compile`` in a config it compiles what ``train_step`` calls, one by one.
+    """
+    previous = {module: vars(module).pop('forward', None) for module in forwards}
+    for module, forward in forwards.items():
+        if forward is not None:
+            module.forward = forward
+    return previous
+
+
+def _find_trunks(module: nn.Module, name: str = '') -> Iterator[nn.Module]:
+    """Find a model's backbones and necks, by the attribute that holds them or the package that has their class."""
+    kinds = {name.split('_')[-1], *type(module).__module__.split('.')}
+    if kinds & {'backbone', 'backbones', 'neck', 'necks'}:
+        yield module
+    else:
+        for name, child in module.named_children():
+            yield from _find_trunks(child, name)
+
+
+def _in_bfloat16(forward: Callable) -> Callable:
+    """Run ``forward`` under autocast; the bfloat16 tensors it returns become float32."""
+
+    @wraps(forward)
+    def run(*args, **kwargs):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            outputs = forward(*args, **kwargs)
+        return apply_to(outputs, lambda x: torch.is_tensor(x) and x.dtype == torch.bfloat16, torch.Tensor.float)
+
+    return run

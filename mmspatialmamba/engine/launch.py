@@ -22,6 +22,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmspatialmamba.checkpoint import CheckpointError
+from mmspatialmamba.registry import type_name
 
 PIP_NAMES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 HELP = """usage: python tools/{task}.py CONFIG [options]
@@ -48,6 +49,21 @@ def load_config(path: str) -> Config:
         raise LaunchError(f'cannot read config {path}: {reason}') from error
 
 
+def find_scope(cfg: Config) -> str | None:
+    """Find the library of a config: its ``default_scope``, or else, in a pure Python config, that of its model.
+
+    Raises:
+        LaunchError: If the model's class cannot be imported.
+    """
+    try:
+        kind = (cfg.get('model') or {}).get('type')
+    except ImportError as error:
+        raise LaunchError(f'cannot read config {cfg.filename}: {error}') from error
+    names = [base.__module__ for base in kind.__mro__] if isinstance(kind, type) else [str(kind)]
+    libraries = (name.split('.')[0] for name in names)
+    return cfg.get('default_scope') or next((library for library in libraries if library in PIP_NAMES), None)
+
+
 def find_script(scope: str | None, task: str, config: str) -> str:
     """Find the script that a config's library installs for its own users, or raise LaunchError."""
     if scope not in PIP_NAMES:
@@ -71,17 +87,24 @@ def check_checkpoints(args: Namespace) -> None:
 def task_options(cfg: Config, args: Namespace, task: str, prepare: bool = False) -> list[str]:
     """List the overrides of a training or a test, where ``cfg`` has the caller's own merged."""
     options = ['default_hooks.prepare.type=PrepareForCPUHook'] if prepare else []
-    pretrained, optim = (args.cfg_options or {}).get('pretrained'), cfg.get('optim_wrapper', {}).get('type')
+    pretrained, optim = (args.cfg_options or {}).get('pretrained'), cfg.get('optim_wrapper') or {}
     if task == 'train' and pretrained is not None:
         # A variable of the file, which mmengine has used before it merges options.
         options.append(f'model.backbone.init_cfg.checkpoint={pretrained}')
-    if task == 'train' and get_device() == 'cpu' and (args.amp or optim == 'AmpOptimWrapper'):
+    if task == 'train' and get_device() == 'cpu' and (args.amp or type_name(optim.get('type')) == 'AmpOptimWrapper'):
         # mmengine's mixed precision needs a GPU.
         sys.argv = [argument for argument in sys.argv if argument != '--amp']
-        options.append('optim_wrapper.type=CPUAmpOptimWrapper')
-        tell(f'No GPU: mixed precision is bfloat16 autocast of backbone and neck, with --cfg-options {options[-1]}')
+        wrapper = ['optim_wrapper.type=CPUAmpOptimWrapper', *['optim_wrapper.dtype=bfloat16'] * ('dtype' in optim)]
+        options += wrapper
+        tell(f'No GPU: mixed precision is bfloat16 autocast of backbone and neck, --cfg-options {" ".join(wrapper)}')
+    if task == 'train' and getattr(args, 'auto_scale_lr', False):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            reason = f'--auto-scale-lr: config {args.config} does not say for which batch size its learning rate is'
+            raise LaunchError(f'{reason}: add auto_scale_lr=dict(base_batch_size=NUMBER), of all processes together')
+        # mmdet asks for it, and some of its configs lack it.
+        options.append('auto_scale_lr.enable=True')
     logger = cfg.get('default_hooks', {}).get('logger', {'type': 'LoggerHook'})
-    if task == 'test' and args.launcher != 'none' and logger and logger.get('type') == 'LoggerHook':
+    if task == 'test' and args.launcher != 'none' and logger and type_name(logger.get('type')) == 'LoggerHook':
         # mmengine's hook writes the metrics of a test once for each process.
         options.append('default_hooks.logger.type=MainProcessLoggerHook')
     return options
@@ -89,16 +112,25 @@ def task_options(cfg: Config, args: Namespace, task: str, prepare: bool = False)
 
 def cpu_options(cfg: Config) -> list[str]:
     """List the overrides that keep mmengine from handing a GPU's number to the wrapper of a model on a CPU."""
-    if cfg.get('strategy', {}).get('type') in ('FSDPStrategy', 'ResumableFSDPStrategy'):
+    if type_name((cfg.get('strategy') or {}).get('type')) in ('FSDPStrategy', 'ResumableFSDPStrategy'):
         return ['strategy.model_wrapper.device_id=cpu']
     wrapper, ddp = cfg.get('model_wrapper_cfg'), 'MMDistributedDataParallel'
     wanted = {'type': ddp, 'device_ids': None}
     if wrapper is None:
         # Without a model_wrapper_cfg, mmengine sets these.
         wanted.update(find_unused_parameters=cfg.get('find_unused_parameters', False), broadcast_buffers=False)
-    elif wrapper.get('type', ddp) != ddp:
+    elif type_name(wrapper.get('type', ddp)) != ddp:
         return []
     return [f'model_wrapper_cfg.{key}={value}' for key, value in wanted.items() if key not in (wrapper or {})]
+
+
+def bn_options(part: object, key: str = 'model') -> list[str]:
+    """List the overrides that name BN where a part of a config has the class ``SyncBatchNorm``, which needs GPUs."""
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    options = [option for name, value in items for option in bn_options(value, f'{key}.{name}')]
+    if isinstance(part, dict) and type_name(part.get('type')) == 'SyncBatchNorm':
+        options.append(f'{key}.type=BN')
+    return options
 
 
 def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
@@ -106,10 +138,11 @@ def start_cpu_process(cfg: Config, args: Namespace, task: str) -> list[str]:
     if args.launcher != 'pytorch' or 'RANK' not in os.environ:
         reason = f'--launcher {args.launcher} needs a GPU, which this machine lacks, or CPU processes of torchrun'
         raise LaunchError(f'{reason}: use tools/dist_{task}.sh')
-    options = [*cpu_options(cfg), 'sync_bn=None']
+    options = [*cpu_options(cfg), 'sync_bn=None', *bn_options(cfg.get('model'))]
     timeout = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     dist.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
-    importlib.import_module('mmcv.cnn')  # registers SyncBN, which needs GPUs
+    importlib.import_module('mmcv.cnn')  # registers SyncBN
+    # For the name SyncBN, which is a default of the libraries' layers too.
     MODELS.register_module('SyncBN', force=True, module=nn.BatchNorm2d)
     tell(f'No GPU: {dist.get_world_size()} CPU processes over gloo, BN for SyncBN, --cfg-options {" ".join(options)}')
     return options
@@ -171,7 +204,7 @@ def launch(task: str, argv: list[str]) -> None:
     if task == 'train' and '--prepare' in argv:
         raise LaunchError('--prepare is for tools/test.py: what prepare_for_cpu makes is for inference alone')
     cfg = load_config(argv[0])
-    script = find_script(cfg.get('default_scope'), task, argv[0])
+    script = find_script(find_scope(cfg), task, argv[0])
     sys.argv = [script, *(argument for argument in argv if argument != '--prepare')]
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)

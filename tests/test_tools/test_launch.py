@@ -11,11 +11,13 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.fileio import load
+from mmengine.hooks import LoggerHook
+from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import Registry
 from small_runs import TOOLS, check_stderr, dist_train, run_script, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from mmspatialmamba.engine import launch
+from mmspatialmamba.engine import ResumableFSDPStrategy, launch
 
 CLASSIFIER = """
 default_scope = 'mmpretrain'
@@ -129,6 +131,12 @@ def test_config_that_does_not_parse(run_tool, write, name, text, reason):
     assert_one_line(run_tool('train', path), f'cannot read config {path}:', reason)
 
 
+@pytest.mark.parametrize('line', ['from nothing_here import Model', 'from mmengine.model import Nothing as Model'])
+def test_class_that_cannot_be_imported(run_tool, write, line):
+    path = write(f'{line}\nmodel = dict(type=Model)')
+    assert_one_line(run_tool('train', path), f'cannot read config {path}:', 'line 1', line.split()[1])
+
+
 def test_config_without_default_scope(run_tool, write):
     path = write('model = dict()')
     assert_one_line(run_tool('test', path, 'x.pth'), str(path), 'default_scope', 'mmpretrain')
@@ -138,6 +146,27 @@ def test_config_without_default_scope(run_tool, write):
 def test_config_of_an_unsupported_library(run_tool, write, scope):
     path = write(f'default_scope = {scope!r}')
     assert_one_line(run_tool('train', path), str(path), scope, 'mmdet, mmseg, mmpretrain')
+
+
+@pytest.mark.parametrize(
+    ('text', 'scope'),
+    [
+        ("model = dict(type='mmdet.MaskRCNN')", 'mmdet'),
+        ("model = dict(type='mmseg.models.segmentors.EncoderDecoder')", 'mmseg'),
+        ('from mmpretrain.models import ImageClassifier\nmodel = dict(type=ImageClassifier)', 'mmpretrain'),
+        ('from own_models import Own\nmodel = dict(type=Own)', 'mmpretrain'),
+        ("default_scope = 'mmseg'\nmodel = dict(type='mmdet.MaskRCNN')", 'mmseg'),
+        ("model = dict(type='MaskRCNN')", None),
+        ("model = dict(type='mmrazor.Distiller')", None),
+    ],
+    ids=['scope', 'dumped class', 'class', 'subclass', 'default_scope', 'no scope', 'other library'],
+)
+def test_library_of_a_config_without_default_scope_is_its_models(write, monkeypatch, text, scope):
+    own = write(
+        'from mmpretrain.models import ImageClassifier\nclass Own(ImageClassifier):\n    pass\n', 'own_models.py'
+    )
+    monkeypatch.syspath_prepend(own.parent)
+    assert launch.find_scope(Config.fromfile(write(f'default_scope = None\n{text}'))) == scope
 
 
 @pytest.mark.parametrize(('scope', 'pip_name'), launch.PIP_NAMES.items())
@@ -222,6 +251,7 @@ def script(write, monkeypatch):
         "    parser.add_argument('config')\n"
         "    parser.add_argument('--launcher', default='none')\n"
         "    parser.add_argument('--amp', action='store_true')\n"
+        "    parser.add_argument('--auto-scale-lr', action='store_true')\n"
         "    parser.add_argument('--cfg-options', nargs='+', action=DictAction)\n"
         '    return parser.parse_known_args()[0]\n'
         "if __name__ == '__main__':\n"
@@ -270,22 +300,52 @@ def test_arguments_reach_the_script_unchanged(run_tool, write, script, monkeypat
     assert not torch.distributed.is_initialized()
 
 
+AMP = 'optim_wrapper.type=CPUAmpOptimWrapper'
+BFLOAT16 = 'optim_wrapper.dtype=bfloat16'
+
+
 @pytest.mark.parametrize(
-    ('config', 'args'),
+    ('config', 'args', 'options'),
     [
-        ('a = 1', ['--amp']),
-        ("optim_wrapper = dict(type='AmpOptimWrapper')", []),
-        ("optim_wrapper = dict(type='OptimWrapper')", ['--cfg-options', 'optim_wrapper.type=AmpOptimWrapper']),
+        ('a = 1', ['--amp'], [AMP]),
+        ('optim_wrapper = None', ['--amp'], [AMP]),
+        ("optim_wrapper = dict(type='AmpOptimWrapper')", [], [AMP]),
+        ("optim_wrapper = dict(type='mmengine.AmpOptimWrapper')", [], [AMP]),
+        ("optim_wrapper = dict(type='mmengine.optim.AmpOptimWrapper')", [], [AMP]),
+        ('from mmengine.optim import AmpOptimWrapper\noptim_wrapper = dict(type=AmpOptimWrapper)', [], [AMP]),
+        ("optim_wrapper = dict(type='OptimWrapper')", ['--cfg-options', 'optim_wrapper.type=AmpOptimWrapper'], [AMP]),
+        ("optim_wrapper = dict(type='AmpOptimWrapper', dtype='float16')", [], [AMP, BFLOAT16]),
+        (
+            "optim_wrapper = dict(type='AmpOptimWrapper')",
+            ['--cfg-options', 'optim_wrapper.dtype=float16'],
+            [AMP, BFLOAT16],
+        ),
     ],
-    ids=['argument', 'config', 'option'],
+    ids=['argument', 'no wrapper', 'config', 'scope', 'dumped class', 'class', 'option', 'float16', 'float16 option'],
 )
-def test_mixed_precision_on_cpu_is_bfloat16_and_says_so(run_tool, write, script, config, args):
+def test_mixed_precision_on_cpu_is_bfloat16_and_says_so(run_tool, write, script, config, args, options):
     status, out, _ = run_tool('train', write(config), *args)
     assert status == 0
     said, argv = out.splitlines()
     assert said.startswith('No GPU: mixed precision is bfloat16 autocast')
+    assert said.endswith(' '.join(options))
     assert '--amp' not in json.loads(argv)
-    assert json.loads(argv)[-2:] == ['--cfg-options', 'optim_wrapper.type=CPUAmpOptimWrapper']
+    assert json.loads(argv)[-len(options) - 1 :] == ['--cfg-options', *options]
+
+
+@pytest.mark.parametrize('cfg', ['', 'auto_scale_lr = None', 'auto_scale_lr = dict(enable=False)'])
+def test_scaled_learning_rate_needs_to_know_of_which_batch_size(run_tool, write, script, cfg):
+    result = run_tool('train', write(f'a = 1\n{cfg}'), '--auto-scale-lr')
+    assert_one_line(result, 'config.py', 'auto_scale_lr=dict(base_batch_size=NUMBER)')
+
+
+@pytest.mark.parametrize('cfg', ['base_batch_size=16', 'enable=False, base_batch_size=16'])
+def test_learning_rate_is_scaled_on_request(run_tool, write, script, cfg):
+    path = write(f'auto_scale_lr = dict({cfg})')
+    status, out, _ = run_tool('train', path, '--auto-scale-lr')
+    assert status == 0
+    assert json.loads(out)[-2:] == ['--cfg-options', 'auto_scale_lr.enable=True']
+    assert json.loads(run_tool('train', path)[1])[1:] == [str(path)]
 
 
 def parse_options(options: list[str]) -> dict:
@@ -306,14 +366,34 @@ DDP = {'model_wrapper_cfg.type': 'MMDistributedDataParallel', 'model_wrapper_cfg
             {'model_wrapper_cfg': {'type': DDP['model_wrapper_cfg.type'], 'device_ids': [0]}},
             {},
         ),
+        ({'model_wrapper_cfg': {'type': MMDistributedDataParallel}}, {'model_wrapper_cfg.device_ids': None}),
         ({'strategy': {'type': 'ResumableFSDPStrategy'}}, {'strategy.model_wrapper.device_id': 'cpu'}),
+        ({'strategy': {'type': 'mmengine.FSDPStrategy'}}, {'strategy.model_wrapper.device_id': 'cpu'}),
+        ({'strategy': {'type': ResumableFSDPStrategy}}, {'strategy.model_wrapper.device_id': 'cpu'}),
     ],
-    ids=['plain', 'find_unused_parameters', 'own wrapper', 'other wrapper', 'own device_ids', 'FSDP'],
+    ids=[
+        *('plain', 'find_unused_parameters', 'own wrapper', 'other wrapper', 'own device_ids', 'wrapper class'),
+        *('FSDP', 'FSDP with scope', 'FSDP class'),
+    ],
 )
 def test_model_wrapper_on_cpu(cfg, expected):
     names = {'unused': 'find_unused_parameters', 'broadcast': 'broadcast_buffers'}
     expected = {f'model_wrapper_cfg.{names[key]}' if key in names else key: value for key, value in expected.items()}
     assert parse_options(launch.cpu_options(Config(cfg))) == expected
+
+
+def test_sync_bn_as_a_class_becomes_bn_on_cpu():
+    norm_cfg = dict(type=torch.nn.SyncBatchNorm, requires_grad=True)
+    model = dict(
+        backbone=dict(norm_cfg=norm_cfg),
+        neck=[dict(type='Neck'), dict(norm_cfg=dict(type='torch.nn.SyncBatchNorm'))],
+        head=dict(norm_cfg=dict(type='GN'), strides=(4, 8)),
+    )
+    cfg = Config(dict(model=model))
+    cfg.merge_from_dict(parse_options(launch.bn_options(cfg.model)))
+    assert cfg.model.backbone.norm_cfg == dict(type='BN', requires_grad=True)
+    assert [neck.get('norm_cfg') for neck in cfg.model.neck] == [None, dict(type='BN')]
+    assert cfg.model.head.to_dict() == model['head']
 
 
 def test_sync_bn_becomes_bn_on_cpu(monkeypatch, tmp_path):
@@ -335,10 +415,12 @@ def test_sync_bn_becomes_bn_on_cpu(monkeypatch, tmp_path):
             {'logger': {'type': 'LoggerHook', 'interval': 5}},
             ['default_hooks.logger.type=MainProcessLoggerHook'],
         ),
+        ({'logger': {'type': 'mmengine.LoggerHook'}}, ['default_hooks.logger.type=MainProcessLoggerHook']),
+        ({'logger': {'type': LoggerHook}}, ['default_hooks.logger.type=MainProcessLoggerHook']),
         ({'logger': {'type': 'MyLoggerHook'}}, []),
         ({'logger': None}, []),
     ],
-    ids=['default', 'LoggerHook', 'own hook', 'no hook'],
+    ids=['default', 'LoggerHook', 'with scope', 'class', 'own hook', 'no hook'],
 )
 def test_one_process_writes_the_metrics(hooks, expected):
     args = Namespace(launcher='pytorch', cfg_options=None, amp=False)

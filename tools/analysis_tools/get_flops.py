@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import mmspatialmamba  # noqa: F401
-from mmspatialmamba.engine.launch import LaunchError, find_script, load_config
+from mmspatialmamba.engine.launch import LaunchError, find_scope, find_script, load_config
 from mmspatialmamba.ops.flops import register_with_mmengine
 
 
@@ -44,6 +44,8 @@ def one_image_coco(folder: Path, height: int, width: int) -> list[str]:
     options = [f'val_dataloader.dataset.{key}={value}' for key, value in options.items()]
     return [
         '--cfg-options',
+        # A pure Python config may have none.
+        'default_scope=mmdet',
         *options,
         'val_dataloader.dataset.data_prefix.img=',
         'val_dataloader.dataset.data_prefix.seg=',
@@ -64,7 +66,7 @@ def from_inputs_alone(get_model_complexity_info):
 def main() -> int:
     args = parse_args()
     try:
-        scope = load_config(args.config).get('default_scope')
+        scope = find_scope(load_config(args.config))
         script = str(find_script(scope, 'analysis_tools/get_flops', args.config))
     except LaunchError as error:
         print(f'get_flops.py: {error}', file=sys.stderr)

@@ -22,7 +22,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
-from mmspatialmamba.engine.launch import LaunchError, find_script, load_config
+from mmspatialmamba.engine.launch import LaunchError, find_scope, find_script, load_config
+from mmspatialmamba.registry import type_name
 
 SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 512), 'mmpretrain': (224, 224)}
 RISE = 'MiB above it, peak'
@@ -67,7 +68,7 @@ def prepare(args: Namespace) -> tuple[Config, str]:
         cfg.merge_from_dict(args.cfg_options)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise LaunchError(f'--cfg-options do not fit config {args.config}: {error}') from error
-    scope = cfg.get('default_scope')
+    scope = find_scope(cfg)
     find_script(scope, 'train', args.config)
     args.shape = tuple(args.shape or SHAPES[scope])
     args.batch_size = args.batch_size or (cfg.train_dataloader.batch_size if args.training else 1)
@@ -87,7 +88,7 @@ def build(cfg: Config, scope: str, device: str) -> torch.nn.Module:
     model = MODELS.build(cfg.model)
     for module in model.modules():
         init_cfg = getattr(module, 'init_cfg', None)
-        if isinstance(init_cfg, dict) and init_cfg['type'] == 'Pretrained':
+        if isinstance(init_cfg, dict) and type_name(init_cfg['type']) in ('Pretrained', 'PretrainedInit'):
             module.init_cfg = None
     model.init_weights()
     return revert_sync_batchnorm(model).to(device)
@@ -134,7 +135,7 @@ def measure(args: Namespace) -> dict:
     before = measuring.reset_peak_memory(args.device)
     batch = make_batch(model, scope, channels, args.batch_size, args.shape)
     wrapper, precision = cfg.get('optim_wrapper'), 'float32'
-    if args.training and wrapper.get('type') == 'AmpOptimWrapper':
+    if args.training and type_name(wrapper.get('type')) == 'AmpOptimWrapper':
         precision = 'mixed'
         if args.device == 'cpu':
             precision = "float32, not the config's mixed precision, which needs a GPU"

@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmspatialmamba.registry import SCOPE, register_model
+from mmspatialmamba.registry import SCOPE, register_model, type_name
 
 from ..layers import Downsample, LayerNorm2d, SpatialMambaBlock, Stem
 from ..utils import from_upstream, is_upstream
@@ -230,7 +230,7 @@ class SpatialMamba(BaseModule):
                 logger='current',
                 level=logging.WARNING,
             )
-        pretrained = [cfg for cfg in configs if getattr(cfg['type'], '__name__', cfg['type']) in _PRETRAINED]
+        pretrained = [cfg for cfg in configs if type_name(cfg['type']) in _PRETRAINED]
         if pretrained and not self.is_init:
             loaders = [self._make_loader(**{k: v for k, v in cfg.items() if k != 'type'}) for cfg in pretrained]
             others = [cfg for cfg in configs if cfg not in pretrained]
