@@ -2,9 +2,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <c10/util/StringUtil.h>
-
 #include <c10/util/Optional.h>
+#include <c10/util/StringUtil.h>
 
 namespace mmspatialmamba {
 
