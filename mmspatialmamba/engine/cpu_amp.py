@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import MethodType
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -40,20 +41,18 @@ class CPUAmpOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module):
         """Run the backbones and necks of ``model`` under autocast within the block."""
-        previous = _set_forwards({module: _in_bfloat16(module.forward) for module in _find_trunks(model)})
+        # TorchDynamo cannot trace a change of methods: with compile=True it compiles what is called, one by one.
+        set_forwards = torch.compiler.disable(_set_forwards)
+        previous = set_forwards({module: _in_bfloat16(module) for module in _find_trunks(model)})
         try:
             with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16, enabled=not previous):
                 yield
         finally:
-            _set_forwards(previous)
+            set_forwards(previous)
 
 
-@torch.compiler.disable
 def _set_forwards(forwards: dict[nn.Module, Callable | None]) -> dict[nn.Module, Callable | None]:
-    """Replace modules' own ``forward``, None where the class's is used, and return the previous ones.
-
-    TorchDynamo cannot trace this: with ``compile`` in a config it compiles what ``train_step`` calls, one by one.
-    """
+    """Replace modules' own ``forward``, None where the class's is used, and return the previous ones."""
     previous = {module: vars(module).pop('forward', None) for module in forwards}
     for module, forward in forwards.items():
         if forward is not None:
@@ -71,13 +70,14 @@ def _find_trunks(module: nn.Module, name: str = '') -> Iterator[nn.Module]:
             yield from _find_trunks(child, name)
 
 
-def _in_bfloat16(forward: Callable) -> Callable:
-    """Run ``forward`` under autocast; the bfloat16 tensors it returns become float32."""
+def _in_bfloat16(module: nn.Module) -> MethodType:
+    """Make a ``forward`` under autocast, whose bfloat16 outputs become float32; a copy of the module gets its own."""
+    own, shared = vars(module).get('forward'), type(module).forward
 
-    @wraps(forward)
-    def run(*args, **kwargs):
+    @wraps(shared)
+    def forward(self, *args, **kwargs):
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            outputs = forward(*args, **kwargs)
+            outputs = own(*args, **kwargs) if own else shared(self, *args, **kwargs)
         return apply_to(outputs, lambda x: torch.is_tensor(x) and x.dtype == torch.bfloat16, torch.Tensor.float)
 
-    return run
+    return MethodType(forward, module)

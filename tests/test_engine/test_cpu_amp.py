@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from mmengine.model import BaseModel
@@ -73,6 +75,15 @@ def test_leaves_the_model_as_it_was(own_forward):
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
     assert not own_forward or model.backbone.forward is own
     assert model.features(torch.ones(1, 3))[0].dtype == torch.float32
+
+
+def test_a_copy_made_inside_has_its_own_weights():
+    model = Model()
+    with build(model).optim_context(model):
+        other = copy.deepcopy(model)
+    nn.init.zeros_(other.backbone.weight)
+    nn.init.zeros_(other.backbone.bias)
+    assert not other.features(torch.ones(1, 3))[0].any()
 
 
 @pytest.mark.parametrize('dtype', ['float16', torch.float16, None])
