@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, errors, setup
+import setuptools
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split('.')[0]) < 64:
+    raise SystemExit(f'mmspatialmamba: setuptools {setuptools.__version__} is too old: run "pip install -U setuptools"')
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / 'mmspatialmamba'
 WITH_OPS = os.environ.get('MMSPATIALMAMBA_WITH_OPS')
 FORCE_CUDA = os.environ.get('FORCE_CUDA') == '1'
+ASKED_FOR = WITH_OPS == '1' or FORCE_CUDA
 CUDA_ARCHITECTURES = '8.0;9.0+PTX'
 # The CPU kernels are compiled once for each, with these options.
 INSTRUCTION_SETS = {'baseline': []}
@@ -33,38 +40,52 @@ def say(message: str) -> None:
     print(f'mmspatialmamba: {message}', file=sys.stderr, flush=True)
 
 
-def find_cuda_home() -> Path | None:
-    """Find the CUDA toolkit: ``CUDA_HOME``, ``CUDA_PATH``, the usual folder, or where nvcc is."""
-    nvcc = shutil.which('nvcc')
-    named = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda']
-    for home in [*named, Path(nvcc).resolve().parents[1] if nvcc else None]:
-        if home and Path(home, 'bin', 'nvcc').is_file() and Path(home, 'include', 'cuda_runtime.h').is_file():
-            return Path(home)
-    return None
+def leave_out(what: str, reason: object, asked_for: bool) -> None:
+    """Say why something is not compiled, and stop there if it was asked for by name."""
+    if isinstance(reason, Exception):
+        reason = f'{type(reason).__name__}: {reason}'
+    message = f'{what} are not compiled: {textwrap.shorten(str(reason), 400)}'
+    if asked_for:
+        raise SystemExit(f'mmspatialmamba: {message}')
+    say(message)
 
 
-CUDA_HOME = find_cuda_home()
+def cuda_homes() -> list[Path]:
+    """List where the CUDA toolkit may be: what ``CUDA_HOME`` or ``CUDA_PATH`` names, else the usual folders."""
+    named, nvcc = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH'), shutil.which('nvcc')
+    if named:
+        return [Path(named)]
+    return [Path('/usr/local/cuda'), *([Path(nvcc).resolve().parents[1]] if nvcc else [])]
+
+
+def is_cuda_home(home: Path) -> bool:
+    """Tell whether a folder holds a CUDA toolkit."""
+    return (home / 'bin' / 'nvcc').is_file() and (home / 'include' / 'cuda_runtime.h').is_file()
+
+
+CUDA_HOME = next(filter(is_cuda_home, cuda_homes()), None)
 if CUDA_HOME:
     os.environ['CUDA_HOME'] = str(CUDA_HOME)
+for variable in ('CC', 'CXX'):
+    if not os.environ.get(variable):
+        os.environ.pop(variable, None)
 
 if WITH_OPS != '0':
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
-    except ImportError as error:
-        if WITH_OPS == '1':
-            raise SystemExit(
-                f'MMSPATIALMAMBA_WITH_OPS=1 needs torch while building ({error}): install torch first, then this '
-                'package with pip install --no-build-isolation'
-            ) from error
-        say('torch is not there while building (pip install --no-build-isolation shows it): the ops are not compiled')
-        WITH_OPS = '0'
 
-if WITH_OPS is None and not any(
-    shutil.which(command.split()[0]) for command in filter(None, [os.environ.get('CXX', 'c++'), 'g++'])
-):
-    say('there is no C++ compiler (c++ or g++, or what CXX names): the ops are not compiled')
-    WITH_OPS = '0'
+        if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 1):
+            raise SystemExit(f'mmspatialmamba: torch {torch.__version__} is too old: install PyTorch 2.1 or newer')
+        compilers = shlex.split(os.environ['CXX'])[:1] if 'CXX' in os.environ else ['c++', 'g++']
+        if not any(map(shutil.which, compilers)):
+            raise FileNotFoundError(f'there is no {" or ".join(compilers)}')
+    except Exception as error:  # a broken torch raises errors of many kinds
+        needs = (
+            'they need torch, which pip install --no-build-isolation shows them, and a C++ compiler, which CXX names'
+        )
+        leave_out('the ops', f'{error}; {needs}', ASKED_FOR)
+        WITH_OPS = '0'
 
 
 def mim_sources() -> list[Path]:
@@ -108,18 +129,13 @@ class BuildPy(build_py):
                 shutil.copy2(source, mim / source.name)
 
 
-def wants_cuda() -> bool:
-    """Tell whether CUDA kernels are to be compiled: for a CUDA torch with a toolkit at hand, or ``FORCE_CUDA=1``."""
-    if FORCE_CUDA:
-        reason = None
-        if CUDA_HOME is None:
-            reason = 'a CUDA toolkit: install one and set CUDA_HOME'
-        elif torch.version.cuda is None:
-            reason = f'a torch with CUDA, but torch {torch.__version__} has none'
-        if reason:
-            raise SystemExit(f'FORCE_CUDA=1 needs {reason}')
-        return True
-    return CUDA_HOME is not None and torch.version.cuda is not None
+def cuda_obstacle() -> str | None:
+    """Return what is missing to compile CUDA kernels, or None."""
+    if torch.version.cuda is None:
+        return f'torch {torch.__version__} has no CUDA'
+    if CUDA_HOME is None:
+        return f'there is no CUDA toolkit in {" or ".join(map(str, cuda_homes()))}; CUDA_HOME names its folder'
+    return None
 
 
 def sources(name: str) -> list[str]:
@@ -143,14 +159,14 @@ def native_extension(with_cuda: bool) -> Extension:
         files += sources('cuda.cu')
         libraries += ['c10_cuda', 'torch_cuda', 'cudart']
         macros.append(('WITH_CUDA', None))
-    device = 'cuda' if with_cuda else 'cpu'
+    device = ['cuda'] if with_cuda else []
     # Where pip installed CUDA's libraries, their headers stand beside torch, and may be missing in the toolkit.
     wheels = [str(path) for path in sorted(Path(torch.__file__).parents[1].glob('nvidia/cu*/include'))]
     return Extension(
         'mmspatialmamba.ops._native',
         files,
-        include_dirs=[str(ROOT / 'csrc'), *include_paths(device), *(wheels if with_cuda else [])],
-        library_dirs=library_paths(device),
+        include_dirs=[str(ROOT / 'csrc'), *include_paths(*device), *(wheels if with_cuda else [])],
+        library_dirs=library_paths(*device),
         libraries=libraries,
         define_macros=macros,
         # Compiled for OpenMP, but not linked to a runtime of its own: the one that torch loaded has the threads.
@@ -162,33 +178,58 @@ def native_extension(with_cuda: bool) -> Extension:
 if WITH_OPS != '0':
 
     class BuildNative(BuildExtension):
-        """Compiles the ops, with CUDA kernels or else without, or says why it could not."""
+        """Compiles the ops, with CUDA kernels or else without, or says why it could not.
+
+        The reasons are errors of many kinds: torch and setuptools raise assertions, warnings and failed commands too.
+        """
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, 'no_python_abi_suffix': True})
 
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # what an earlier run left in build may be compiled for another torch
+
+        def run(self):
+            try:
+                for variable in ('CC', 'CXX'):
+                    self.join_words(variable)
+                super().run()
+            except Exception as error:
+                leave_out('the ops', error, ASKED_FOR)
+                self.extensions.clear()
+
+        def join_words(self, variable):
+            """Put a compiler with arguments into a script: torch and nvcc take what names it for one word."""
+            words = shlex.split(os.environ.get(variable, ''))
+            if len(words) > 1:
+                script = Path(self.build_temp, variable.lower()).absolute()
+                script.parent.mkdir(parents=True, exist_ok=True)
+                script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+                script.chmod(0o755)
+                os.environ.update({variable: str(script), 'TORCH_NO_COMPILER_WRAPPER': '1'})
+
         def build_extensions(self):
+            obstacle = cuda_obstacle()
+            if obstacle:
+                leave_out('the CUDA kernels', obstacle, FORCE_CUDA)
+            say('compiling the CPU kernels')
+            # First: what follows changes how the compiler is called.
+            objects = self.compile_cpu_kernels()
+            if not obstacle:
+                say('compiling the CUDA kernels')
+                try:
+                    return self.build_library(objects, with_cuda=True)
+                except Exception as error:
+                    leave_out('the CUDA kernels', error, FORCE_CUDA)
+            self.build_library(objects, with_cuda=False)
+
+        def build_library(self, objects, with_cuda):
             os.environ.setdefault('TORCH_CUDA_ARCH_LIST', CUDA_ARCHITECTURES)
             (extension,) = self.extensions
-            attempts = [True] if FORCE_CUDA else [True, False] if wants_cuda() else [False]
-            objects = []
-            for with_cuda in attempts:
-                what = 'the ops for CPU and CUDA' if with_cuda else 'the ops for the CPU'
-                say(f'compiling {what}')
-                try:
-                    # Once, and first: what follows changes how the compiler is called.
-                    objects = objects or self.compile_cpu_kernels()
-                    vars(extension).update(vars(native_extension(with_cuda)))
-                    extension.extra_objects = objects
-                    super().build_extensions()
-                    return
-                except (OSError, RuntimeError, errors.BaseError, errors.CompileError, errors.LinkError) as error:
-                    last = with_cuda is attempts[-1]
-                    if last and (WITH_OPS == '1' or FORCE_CUDA):
-                        raise
-                    consequence = 'they run on plain PyTorch' if last else 'now without CUDA'
-                    say(f'{what} could not be compiled ({" ".join(str(error).split())[-300:]}): {consequence}')
-            self.extensions.clear()
+            vars(extension).update(vars(native_extension(with_cuda)))
+            extension.extra_objects = objects
+            super().build_extensions()
 
         def compile_cpu_kernels(self):
             """Compile the CPU kernels once for each instruction set.
@@ -230,7 +271,7 @@ class EditableWheel(editable_wheel):
 
 
 setup(
-    ext_modules=[] if WITH_OPS == '0' else [native_extension(wants_cuda())],
+    ext_modules=[] if WITH_OPS == '0' else [native_extension(with_cuda=False)],
     cmdclass={
         'build_py': BuildPy,
         'editable_wheel': EditableWheel,

@@ -6,9 +6,10 @@ if find_spec('mmengine') is not None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     from . import engine, models  # noqa: F401
+    from .checkpoint import allow_training_checkpoints
 
     # mmengine resolves `_base_ = 'mmspatialmamba::...'` only for the packages in this table.
     MODULE2PACKAGE.setdefault('mmspatialmamba', 'mmspatialmamba')
-    engine.allow_training_checkpoints()
+    allow_training_checkpoints()
 
 __all__ = ['__version__']

@@ -22,6 +22,7 @@ PUBLISHED = (
 )
 DEMO = tuple(stem for stem, path in FILES.items() if path.parent.name == 'demo')
 FSDP = 'mask-rcnn_spatialmamba-base_fpn_fsdp-1x_coco'
+LAYER_DECAY = 'spatialmamba-base_upernet_layer-decay-8xb2-160k_ade20k-512x512'
 MASK2FORMERS = [stem for stem in FILES if 'mask2former' in stem]
 SMALL_ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1))
 SMALL_CHANNELS = [8, 16, 32, 64]
@@ -86,7 +87,7 @@ def make_batch(cfg, size):
 
 def test_configs_are_complete():
     heads = {Path(name).name.replace('tiny', arch) for name in HEADS.values() for arch in ARCHS[:2]}
-    assert set(FILES) - set(DEMO) == set(PUBLISHED) | heads | {FSDP}
+    assert set(FILES) - set(DEMO) == set(PUBLISHED) | heads | {FSDP, LAYER_DECAY}
 
 
 @pytest.mark.parametrize('path', FILES.values(), ids=FILES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +135,110 @@ def test_mmengine_finds_an_editable_checkout_from_any_folder(checkout, tmp_path)
     config.write_text('a = 1\n')
     assert (found / '.mim' / 'configs' / 'new.py').read_text() == 'a = 1\n'
     config.unlink()
+
+
+# What is compiled is an empty file, and each call a line of the log.
+COMPILER = """#!/bin/sh
+case " $* " in
+  *" -v "*) echo COLLECT_GCC=g++; exit ;;
+  *" --version "*) echo "release $CUDA"; exit ;;
+  *" -dumpfullversion "*) echo 11.4.0; exit ;;
+esac
+echo "$0 $@" >> "$LOG"
+for argument; do [ "$last" = -o ] && : > "$argument"; last=$argument; done
+"""
+# Knows no options, as ccache.
+LAUNCHER = """#!/bin/sh
+case "$1" in -*) exit 1 ;; esac
+exec "$@"
+"""
+SCRIPTS = {
+    'compiler': COMPILER,
+    'launcher': LAUNCHER,
+    'speechless': '#!/bin/sh\ncase "$1" in -v|--version) exit 1 ;; esac\nexec compiler "$@"',
+    'ninja/ninja': '#!/bin/sh\n[ "$1" = --version ] && echo 1.11 && exit\nexit 1',
+    'torch/torch/__init__.py': 'raise OSError("no libcudart.so")',
+    'cuda/bin/nvcc': COMPILER,
+    'cuda/include/cuda_runtime.h': '',
+    'broken/bin/nvcc': '#!/bin/sh\nexit 1',
+    'broken/include/cuda_runtime.h': '',
+}
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason='needs a torch with CUDA')
+
+
+@pytest.fixture
+def build(checkout, tmp_path):
+    """Compile with compilers that write nothing; return the exit code, our lines, and what was called."""
+    for name, text in SCRIPTS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    library, log = checkout / 'mmspatialmamba' / 'ops' / '_native.so', tmp_path / 'log'
+    log.touch()
+
+    def build(**variables):
+        path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+        variables = {'CXX': 'compiler', 'CUDA_HOME': '/nowhere', 'PATH': path, **variables}
+        variables = {name: value.replace('HERE', str(tmp_path)) for name, value in variables.items()}
+        environment = {**os.environ, 'LOG': str(log), 'CUDA': str(torch.version.cuda), **variables}
+        library.unlink(missing_ok=True)
+        command = (sys.executable, 'setup.py', 'build_ext', '--inplace', '--build-temp', tmp_path / 'build')
+        result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert 'Traceback' not in result.stderr, result.stderr
+        assert library.exists() == (result.returncode == 0 and 'the ops are not compiled' not in result.stderr)
+        lines = [line for line in result.stderr.splitlines() if line.startswith('mmspatialmamba: ')]
+        return result.returncode, lines, log.read_text().splitlines()
+
+    yield build
+    library.unlink(missing_ok=True)
+
+
+@needs_cuda_torch
+def test_compilers_with_arguments(build, tmp_path):
+    code, lines, calls = build(CXX='launcher compiler -DX="a b"', CC='launcher compiler', CUDA_HOME='HERE/cuda')
+    assert code == 0
+    assert lines == ['mmspatialmamba: compiling the CPU kernels', 'mmspatialmamba: compiling the CUDA kernels']
+    of_nvcc = [line for line in calls if line.startswith(str(tmp_path / 'cuda'))]
+    of_cxx = [line for line in calls if line.startswith(str(tmp_path / 'compiler'))]
+    assert len(of_nvcc) == 3 and all(f'-ccbin {tmp_path}/build/cc ' in f'{line} ' for line in of_nvcc)
+    assert len(of_cxx) > 3 and all('-DX=a b' in line for line in of_cxx)
+    assert (tmp_path / 'build' / 'cc').read_text().endswith('exec launcher compiler "$@"\n')
+
+
+@pytest.mark.parametrize(
+    'variables, reason',
+    [
+        (dict(CXX='no-such -O2'), 'there is no no-such; they need torch'),
+        (dict(CXX="'compiler"), 'No closing quotation; they need torch'),
+        (dict(CXX='false'), "CompileError: command '.*/false' failed with exit code 1"),
+        (dict(CXX='speechless'), r"CalledProcessError: Command '\['speechless', '--version'\]' returned non-zero"),
+        (dict(CC='"gcc'), 'ValueError: '),
+        (dict(PATH=f'HERE/ninja{os.pathsep}HERE{os.pathsep}/bin'), 'RuntimeError: Error compiling objects'),
+        (dict(PYTHONPATH='HERE/torch'), 'no libcudart.so; they need torch'),
+    ],
+    ids=['no-compiler', 'CXX', 'compiler-fails', 'probing', 'CC', 'ninja', 'torch'],
+)
+def test_a_failed_step_is_left_out_unless_asked_for(build, variables, reason):
+    code, lines, _ = build(**variables)
+    assert code == 0
+    assert re.match(f'mmspatialmamba: the ops are not compiled: {reason}', lines[-1]), lines
+    code, asked, _ = build(**variables, MMSPATIALMAMBA_WITH_OPS='1')
+    assert code == 1 and asked == lines
+
+
+@pytest.mark.parametrize(
+    'variables, reason',
+    [
+        ({}, 'there is no CUDA toolkit in /nowhere'),
+        (dict(CUDA_HOME='HERE/broken'), 'CalledProcessError: .*nvcc'),
+        (dict(CUDA_HOME='HERE/cuda', TORCH_CUDA_ARCH_LIST='many'), 'ValueError: Unknown CUDA arch'),
+    ],
+    ids=['no-toolkit', 'nvcc-fails', 'architectures'],
+)
+@needs_cuda_torch
+def test_without_cuda_the_cpu_kernels_are_compiled_unless_cuda_is_asked_for(build, variables, reason):
+    code, lines, _ = build(**variables, MMSPATIALMAMBA_WITH_OPS='1')
+    reason = f'mmspatialmamba: the CUDA kernels are not compiled: {reason}'
+    assert code == 0 and sum(re.match(reason, line) is not None for line in lines) == 1, lines
+    code, lines, _ = build(**variables, FORCE_CUDA='1')
+    assert code == 1 and re.match(reason, lines[-1]), lines

@@ -2,13 +2,12 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/Optional.h>
 #include <c10/util/StringUtil.h>
-
-#include <optional>
 
 namespace mmspatialmamba {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using OptionalTensor = c10::optional<at::Tensor>;
 
 // Refuses tensors of another device than the first one's, of other dtypes than the kernels', of wrong shapes, and those
 // without strides. All strides will do: what kernels can't read in place is copied for them.

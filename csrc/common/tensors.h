@@ -47,7 +47,7 @@ inline at::Tensor floats(Arg t) {
   return result;
 }
 
-inline OptionalTensor floats(const OptionalTensor& t) { return t ? std::make_optional(floats(*t)) : std::nullopt; }
+inline OptionalTensor floats(const OptionalTensor& t) { return t ? OptionalTensor(floats(*t)) : OptionalTensor(); }
 
 inline const float* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import StringIO
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from mmengine.logging import print_log
+from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+
+from mmspatialmamba.registry import SCOPE
 
 from .convert import below, find_backbones, is_classifier
 from .errors import CheckpointError
@@ -138,11 +142,68 @@ def _differ_in_channels(weight: torch.Tensor, other: torch.Tensor) -> bool:
     return a != b and a[:1] + a[2:] == b[:1] + b[2:]
 
 
+def pair(
+    state: Mapping[str, torch.Tensor], module: nn.Module
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Pair the tensors of a state dict with those of the model that would load them. Loads nothing.
+
+    Models rename, copy and drop tensors while they load. So mmengine loads the state dict, and a pre-hook at each
+    module, its last, takes the module's tensors away. Pre-hooks are public since torch 2.5;
+    ``_save_to_state_dict``, which tells a module's own names as state dicts have them, is not. Tried on torch 2.1 and
+    2.14.
+
+    Args:
+        state (Mapping[str, Tensor]): The state dict.
+        module (nn.Module): The model, or a wrapper of mmengine's around it.
+
+    Returns:
+        dict: By the model's names, a tensor of the state dict, None where it lacks one, and a tensor of the model, None
+        where it has none of that name. What the model does not miss in the state dict is left out.
+    """
+    # A model may save its tensors by other names than its modules have.
+    saved = get_state_dict(module, keep_vars=True)
+    saved_names = {id(value): name for name, value in saved.items()}
+    own, taken, seen, missing_keys, unexpected_keys = {}, {}, {}, (), ()
+
+    def take(submodule, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        nonlocal missing_keys, unexpected_keys
+        if not prefix:
+            missing_keys, unexpected_keys = missing, unexpected
+        local = {}
+        submodule._save_to_state_dict(local, prefix, keep_vars=True)
+        own.update(local)
+        seen.update(state_dict)
+        taken.update((name, state_dict.pop(name)) for name in local.keys() & state_dict.keys())
+
+    loaded = OrderedDict(state)
+    # Without the note of read_checkpoint, at which a backbone would audit.
+    metadata = getattr(state, '_metadata', {})
+    loaded._metadata = {key: {k: v for k, v in entry.items() if k != SCOPE} for key, entry in metadata.items()}
+    handles = [each._register_load_state_dict_pre_hook(partial(take, each)) for each in module.modules()]
+    try:
+        load_state_dict(module, loaded, logger='silent')
+    finally:
+        for handle in handles:
+            handle.remove()
+    pairs, missing_keys = {}, set(missing_keys)
+    for name, value in own.items():
+        given = taken.get(name)
+        # BatchNorm gives itself its own counter where the state dict has none.
+        if given is not value and (given is not None or name in missing_keys):
+            pairs[name if name in saved else saved_names.get(id(value), name)] = given, value
+    return {**pairs, **{name: (seen[name], None) for name in unexpected_keys}}
+
+
+def _group(name: str, prefixes: Sequence[str]) -> str:
+    """Name the largest part of a model that a tensor is in and no backbone is."""
+    parts = accumulate(name.split('.'), '{}.{}'.format)
+    return next(part for part in parts if not any(prefix.startswith(part + '.') for prefix in prefixes))
+
+
 def audit(
     state: Mapping[str, torch.Tensor],
     module: nn.Module,
     source: str,
-    classifier: bool | None = None,
     fresh: Sequence[str] = (),
     max_missing: int = 0,
     allow_nan: bool = False,
@@ -151,14 +212,14 @@ def audit(
 ) -> LoadReport:
     """Compare a checkpoint with a model or a backbone, and log the report or refuse the checkpoint. Changes neither.
 
-    From a classifier's checkpoint another model takes the backbone alone, without its output norms unless the last
-    stage's is the only one, as the original release does. What it does not take starts fresh.
+    From the checkpoint of a classifier, or of a self-supervised training, a model for another task takes the backbone
+    alone, without its output norms unless the last stage's is the only one, as the original release does. What it does
+    not take starts fresh.
 
     Args:
         state (Mapping[str, Tensor]): Tensors of the checkpoint, by our names.
         module (nn.Module): The model, or a backbone alone.
         source (str): Name of the checkpoint.
-        classifier (bool, optional): Whether the checkpoint is a classifier's. Defaults to None: found by its names.
         fresh (Sequence[str]): Names, or beginnings of names up to a dot, of tensors that keep the model's values where
             the checkpoint has none of that shape. Defaults to ().
         max_missing (int): How many tensors may be missing, of another shape, or left over in the backbone. Defaults
@@ -174,16 +235,21 @@ def audit(
     Raises:
         CheckpointError: If the checkpoint does not hold what it should.
     """
-    wanted = module.state_dict()
-    prefix = next(iter(find_backbones(wanted)), '')
-    report = LoadReport(source)
-    if classifier is None:
-        classifier = find_backbones(state) == [prefix] and is_classifier(state, prefix)
+    pairs = pair(state, module)
+    wanted = {name: value for name, (_, value) in pairs.items() if value is not None}
+    given = {name: value for name, (value, _) in pairs.items() if value is not None}
+    # A model may load one backbone of the file into several of its own.
+    backbones, held = find_backbones(wanted), find_backbones(state)
+    prefixes = tuple(prefix for prefix in backbones if prefix in find_backbones(given)) or (*backbones, '')[:1]
+    prefix = prefixes[0]
+    shared = [name for name in given if name in wanted and not name.startswith(prefixes)]
+    classifier = held and (is_classifier(state, held[0]) or not shared and is_classifier(below(state, held[0]), ''))
+    state, report = given, LoadReport(source)
     if classifier and not is_classifier(wanted, prefix):
-        state = {name: value for name, value in state.items() if name.startswith(prefix)}
-        report.fresh = {name: name.split('.')[0] for name in wanted if not name.startswith(prefix)}
+        state = {name: value for name, value in state.items() if name.startswith(prefixes)}
+        report.fresh = {name: _group(name, prefixes) for name in wanted if not name.startswith(prefixes)}
         if not is_classifier(below(wanted, prefix), ''):
-            norm = re.compile(re.escape(prefix) + r'norm\d+\.')
+            norm = re.compile(rf'(?:{"|".join(map(re.escape, prefixes))})norm\d+\.')
             state = {name: value for name, value in state.items() if not norm.match(name)}
             report.fresh.update((name, 'output norms') for name in wanted if norm.match(name))
     for group in fresh:
@@ -193,24 +259,25 @@ def audit(
                 report.fresh[name] = group
     state = {name: value for name, value in state.items() if name not in report.fresh}
 
+    stems = [prefix + _STEM for prefix in prefixes]
     for name, value in wanted.items():
         given = state.get(name)
         if given is None:
             if name not in report.fresh and not name.endswith('num_batches_tracked'):
                 report.differences.append((name, _MISSING, '', str(tuple(value.shape))))
             continue
-        if inflate_stem and name == prefix + _STEM and _differ_in_channels(given, value):
+        if inflate_stem and name in stems and _differ_in_channels(given, value):
             given = inflate(given, value.shape[1])
         if given.shape == value.shape:
             report.weights[name] = given
         else:
             report.differences.append((name, _RESHAPED, str(tuple(given.shape)), str(tuple(value.shape))))
-    backbone = re.compile(re.escape(prefix) + r'(stem|stages|downsamples)\.')
+    parts = tuple(prefix + part for prefix in prefixes for part in ('stem.', 'stages.', 'downsamples.'))
     for name, value in state.items():
         if name not in wanted:
-            problem = _LEFT_OVER if backbone.match(name) else _UNUSED
+            problem = _LEFT_OVER if name.startswith(parts) else _UNUSED
             report.differences.append((name, problem, str(tuple(getattr(value, 'shape', ()))), ''))
-    report.buffers = len(report.weights.keys() - dict(module.named_parameters(remove_duplicate=False)))
+    report.buffers = sum(not isinstance(wanted[name], nn.Parameter) for name in report.weights)
 
     if sum(map(len, report.problems.values())) > max_missing:
         print_log(str(report), 'current', logging.WARNING)
@@ -266,4 +333,4 @@ def read_backbone(
         raise CheckpointError(f'{error} below prefix {prefix!r}, but below {names}')
     inside = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     options = dict(max_missing=max_missing, allow_nan=allow_nan, inflate_stem=inflate_stem)
-    return audit(inside, backbone, checkpoint, is_classifier(state, prefix), **options)
+    return audit(inside, backbone, checkpoint, **options)

@@ -1,4 +1,4 @@
-"""Reading of checkpoints that unpickles nothing but tensors and the allow-list of ``engine/safe_globals.py``."""
+"""Reading of checkpoints that unpickles nothing but tensors and the allow-list of ``safe_globals.py``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmspatialmamba.registry import SCOPE
 
-from .convert import find_backbones, is_classifier, to_mmengine
+from .convert import find_backbones, to_mmengine
 from .errors import CheckpointError
+from .safe_globals import load_weights_only
 
 EMA = 'ema://'
 # How torch.load names what it refuses to run.
@@ -52,7 +53,7 @@ def _load_file(path: Path, map_location: object, source: str) -> dict:
             device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
             checkpoint = load_file(path, device=str(device))
         else:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = load_weights_only(path, map_location)
     except OSError as error:
         raise CheckpointError(f'cannot read {source}: {error.strerror or error}') from error
     except Exception as error:  # Of any class: the file decides what goes wrong.
@@ -121,7 +122,7 @@ def first_nonfinite(state: dict) -> str | None:
 def _sign(checkpoint: dict, source: str, renamed: bool) -> dict:
     """Put a note into the metadata of a checkpoint's state dict, which torch hands to every module that loads it.
 
-    It says whether the file is a classifier's, and whether its weights had other names or another form.
+    It names the file, and says whether its weights had other names or another form.
     """
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict):
@@ -132,9 +133,8 @@ def _sign(checkpoint: dict, source: str, renamed: bool) -> dict:
     state = OrderedDict(state)
     state._metadata = OrderedDict((prefix, dict(entry)) for prefix, entry in entries if isinstance(entry, dict))
     pop_note(state)
-    prefixes = find_backbones(state)
-    note = {'file': source, 'classifier': bool(prefixes) and is_classifier(state, prefixes[0]), 'renamed': renamed}
-    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in prefixes)}:
+    note = {'file': source, 'renamed': renamed}
+    for prefix in {'', 'backbone', *(prefix[:-1] for prefix in find_backbones(state))}:
         state._metadata.setdefault(prefix, {})[SCOPE] = note
     return {**checkpoint, 'state_dict': state} if 'state_dict' in checkpoint else state
 

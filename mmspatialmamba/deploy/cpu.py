@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.model import is_model_wrapper
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -97,7 +98,7 @@ class _Stem(_Prepared):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in_channels, H, W) to (batch, embed_dims, ceil(H / 4), ceil(W / 4))."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError('a model prepared for CPU inference has no gradients: use the original')
         x = self.conv1(x.to(self.dtype))
         first, second = self.conv2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,8 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, fin
 from mmspatialmamba.checkpoint import CheckpointError
 
 INCOMPLETE = '.incomplete'
+# What file systems say that have no fsync.
+UNSUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP
 
 
 @register_backend('atomic_local')
@@ -35,7 +39,8 @@ class AtomicLocalBackend(LocalBackend):
         """Write ``obj``, so that ``filepath`` always holds all of the old content or all of the new.
 
         The data go to ``filepath + '.incomplete'``, which takes the name ``filepath`` once they are on the disk. The
-        folder is created if there is none.
+        folder is created if there is none. Where a file system cannot say that data are on the disk, as some network
+        and shared folders, this goes without.
 
         Raises:
             CheckpointError: If it cannot be written. The old content is still there then.
@@ -47,20 +52,26 @@ class AtomicLocalBackend(LocalBackend):
                 with incomplete.open('wb') as file:
                     file.write(obj)
                     file.flush()
-                    os.fsync(file.fileno())
+                    try:
+                        os.fsync(file.fileno())
+                    except OSError as error:
+                        if error.errno not in UNSUPPORTED:
+                            raise
                 os.replace(incomplete, filepath)
             finally:
                 incomplete.unlink(missing_ok=True)
-            folder = os.open(incomplete.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
         except OSError as error:
             raise CheckpointError(
                 f'cannot write {filepath}: {error.strerror}. What was saved before is untouched: '
                 'when this is mended, run the same command with --resume'
             ) from error
+        # The file is complete, and folders cannot be opened on Windows, nor flushed everywhere else.
+        with suppress(OSError):
+            folder = os.open(incomplete.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def get_random_state() -> dict:
@@ -86,21 +97,33 @@ def set_random_state(state: dict) -> None:
 
 
 def is_intact(path: str | Path) -> bool:
-    """Check a checkpoint file, which may be missing, against the checksums of its zip archive; build no tensor."""
+    """Check a checkpoint file, which may be missing, against the checksums of its zip archive; build no tensor.
+
+    A sharded checkpoint is a folder, and is not checked.
+    """
     try:
+        if Path(path).is_dir():
+            return True
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error):
         return False
 
 
-def find_intact_checkpoint(last: str | Path, filename_tmpl: str) -> str | None:
-    """Find the newest checkpoint that is whole: ``last``, or else one saved before it in its folder, if any."""
+def find_intact_checkpoint(last: str | Path, folder: str | Path, filename_tmpl: str) -> str | None:
+    """Find the newest checkpoint that is whole: ``last``, or else one saved before it, if any.
+
+    Of each name, the one in ``folder`` goes before the one in the folder of ``last``, from which a work_dir may have
+    been moved or copied.
+    """
     pattern = re.compile(re.escape(filename_tmpl).replace(r'\{\}', r'(\d+)'))
-    paths = {int(match[1]): path for path in Path(last).parent.glob('*') if (match := pattern.fullmatch(path.name))}
+    folders = dict.fromkeys((Path(folder), Path(last).parent))
+    matches = (pattern.fullmatch(path.name) for folder in folders for path in folder.glob('*'))
+    names = {int(match[1]): match[0] for match in matches if match}
     match = pattern.fullmatch(Path(last).name)
-    older = [paths[step] for step in sorted(paths, reverse=True) if match is None or step < int(match[1])]
-    return next((str(path) for path in (last, *older) if is_intact(path)), None)
+    older = [names[step] for step in sorted(names, reverse=True) if match is None or step < int(match[1])]
+    paths = (folder / name for name in (Path(last).name, *older) for folder in folders)
+    return next((str(path) for path in paths if is_intact(path)), None)
 
 
 def _seed_worker(init: Callable[[int], None] | None, epoch: int, worker_id: int) -> None:
@@ -137,6 +160,8 @@ class ResumableCheckpointHook(CheckpointHook):
       and incomplete files of a killed run at the next start.
     - ``--resume`` skips a damaged checkpoint, with a warning, and takes the one before it. That needs
       ``max_keep_ckpts`` above 1, or the default, which keeps all.
+    - A work_dir may be moved or copied: ``--resume`` looks for the last checkpoint there first, and no file of another
+      folder is removed.
     """
 
     _resumed: dict | None = None
@@ -151,22 +176,24 @@ class ResumableCheckpointHook(CheckpointHook):
         """
         if not runner._resume or runner._load_from is not None:
             return
-        found = [None, None]
+        found = ['', None]
         if is_main_process():
-            last = find_latest_checkpoint(runner.work_dir)
-            if last is not None and '://' not in last and not Path(last).is_dir():
-                found = [last, find_intact_checkpoint(last, self.filename_tmpl)]
+            last = find_latest_checkpoint(runner.work_dir) or str(Path(runner.work_dir, 'last_checkpoint'))
+            folder = Path(self.out_dir, Path(runner.work_dir).name) if self.out_dir else runner.work_dir
+            if '://' not in last:
+                found = [last, find_intact_checkpoint(last, folder, self.filename_tmpl)]
         broadcast_object_list(found)
         last, intact = found
-        if last is None:
-            return
+        name = Path(last).name
         if intact is None:
+            if name in ('', 'last_checkpoint'):
+                return
             raise CheckpointError(
-                f'cannot resume: {last} is missing or damaged, and no older one in its folder is whole: '
-                'run the command without --resume to start anew'
+                f'cannot resume: {last} is missing or damaged, and neither its folder nor the work_dir has an older '
+                'one that is whole: put a whole one into the work_dir, or start anew with another work_dir'
             )
-        if intact != last:
-            runner.logger.warning(f'{last} is missing or damaged: the run goes on from the one before it, {intact}')
+        if Path(intact).name != name:
+            runner.logger.warning(f'{last} is missing or damaged: the run goes on from {intact}')
         runner._load_from = intact
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -200,6 +227,10 @@ class ResumableCheckpointHook(CheckpointHook):
         if self.file_client_args is not None:
             raise ValueError('ResumableCheckpointHook: file_client_args is deprecated, use backend_args')
         super().before_train(runner)
+        if self.save_best and len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._in_out_dir(self.best_ckpt_path)
+        elif self.save_best:
+            self.best_ckpt_path_dict = {key: self._in_out_dir(path) for key, path in self.best_ckpt_path_dict.items()}
         if type(self.file_backend) is LocalBackend:
             self.backend_args = {'backend': 'atomic_local'}
             if is_main_process():
@@ -232,6 +263,11 @@ class ResumableCheckpointHook(CheckpointHook):
         if not self._resumed['evaluated'] and self._evaluation_is_due(runner):
             runner.logger.info('The evaluation of this checkpoint was not finished: doing it first')
             runner.val_loop.run()
+
+    def _in_out_dir(self, path: str | None) -> str | None:
+        """Find the file of that name in the folder of this run, which may have another one's checkpoint."""
+        path = path and self.file_backend.join_path(self.out_dir, os.path.basename(path))
+        return path if path and self.file_backend.exists(path) else None
 
     def _evaluation_is_due(self, runner: Runner) -> bool:
         """Say whether the training loop evaluates after the epoch or iteration of the checkpoint."""

@@ -164,15 +164,18 @@ def interruptible() -> Iterator[None]:
         if os.getpid() == process:
             received.append(signum)
             # mmengine has bare excepts, which may swallow the interrupt: it is then repeated.
-            signal.alarm(3)
+            alarm(3)
         raise KeyboardInterrupt
 
-    signums = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if signal.getsignal(n) != signal.SIG_IGN]
+    # Windows has no alarm.
+    alarm = getattr(signal, 'alarm', lambda seconds: None)
+    known = (getattr(signal, name, None) for name in ('SIGINT', 'SIGTERM', 'SIGALRM'))
+    signums = [signum for signum in known if signum is not None and signal.getsignal(signum) != signal.SIG_IGN]
     previous = {signum: signal.signal(signum, stop) for signum in signums}
     try:
         yield
     finally:
-        signal.alarm(0)
+        alarm(0)
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         if received:
@@ -185,7 +188,9 @@ def resume_advice(cfg: Config, args: Namespace) -> str:
     last = Path(work_dir, 'last_checkpoint')
     if not last.is_file():
         return f'no checkpoint was saved in {work_dir} yet: run the same command again to start anew'
-    checkpoint = last.read_text().strip()
+    saved = last.read_text().strip()
+    moved = Path(work_dir, Path(saved).name).absolute()
+    checkpoint = moved if moved.is_file() else saved
     return f'to continue from {checkpoint}, run the same command with --resume (and no file after it)'
 
 
@@ -204,6 +209,11 @@ def launch(task: str, argv: list[str]) -> None:
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)
     cfg.merge_from_dict(args.cfg_options or {})
+    if cfg.get('default_scope') == 'mmdet' and 'pretrained' in cfg.get('model', {}):
+        raise LaunchError(
+            f'config {argv[0]} sets model.pretrained, which mmdet does not take: leave it out, and set '
+            "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL) to start from weights"
+        )
     options = task_options(cfg, args, task, prepare='--prepare' in argv)
     try:
         with interruptible():

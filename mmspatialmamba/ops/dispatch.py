@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
+
+from .. import compat
 
 _ENVIRONMENT_VARIABLE = 'MMSPATIALMAMBA_BACKEND'
 _PREFERENCE = ('native', 'triton', 'torch')
 _NATIVE_OPS = ('selective_scan', 'state_fusion', 'structure_aware_scan', 'depthwise_conv', 'gated_layer_norm')
 _chosen: ContextVar[str | None] = ContextVar('mmspatialmamba_backend', default=None)
+
+
+class _ChosenForCompiler(threading.local):
+    """What ``_chosen`` holds, for compilers that cannot read a context variable."""
+
+    name: str | None = None
+
+
+_chosen_for_compiler = _ChosenForCompiler()
 
 
 def _load_native() -> str | None:
@@ -59,18 +71,21 @@ MISSING: dict[str, str | None] = {'native': _load_native(), 'triton': _find_trit
 _NATIVE_DEVICES = _native_devices()
 
 
-def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+def why_unusable(name: str, device: str, dtype: torch.dtype = torch.float32, transforming: bool = False) -> str | None:
     """Why a backend cannot run on a device, with what would make it usable, or None where it can.
 
     Args:
         name (str): 'native', 'triton' or 'torch'.
         device (str): Type of the device, such as 'cpu' or 'cuda'.
         dtype (torch.dtype): The widest dtype among the inputs. Defaults to ``torch.float32``.
+        transforming (bool): Whether a function transform or forward-mode AD is on. Defaults to False.
     """
     if MISSING[name]:
         return MISSING[name]
     if name == 'torch':
         return None
+    if transforming:
+        return 'it has neither function transforms (torch.func, torch.vmap) nor forward-mode AD; use the torch backend'
     if dtype == torch.float64:
         return 'it computes in float32; convert the float64 inputs, or use the torch backend'
     if name == 'native' and device not in _NATIVE_DEVICES:
@@ -88,13 +103,12 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in _PREFERENCE if any(why_unusable(name, device) is None for device in devices))
 
 
-def _check(name: str, asked_by: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+def _check(name: str, asked_by: str, *call: Any) -> None:
     if name not in _PREFERENCE:
         raise ValueError(f'{asked_by} asks for the backend {name!r}: it must be one of {", ".join(_PREFERENCE)}')
-    reason = why_unusable(name, device, dtype)
+    reason = why_unusable(name, *call)
     if reason:
         raise ValueError(f'{asked_by} asks for the backend {name!r}, which cannot run here: {reason}')
-    return name
 
 
 @contextmanager
@@ -109,21 +123,23 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in available_backends():
         _check(name, 'use_backend', 'cuda' if torch.cuda.is_available() else 'cpu')
-    token = _chosen.set(name)
+    token, before = _chosen.set(name), _chosen_for_compiler.name
+    _chosen_for_compiler.name = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _chosen_for_compiler.name = before
 
 
-def _first_usable(device: str, dtype: torch.dtype) -> str:
-    return next(name for name in _PREFERENCE if why_unusable(name, device, dtype) is None)
+def _first_usable(device: str, dtype: torch.dtype, transforming: bool) -> str:
+    return next(name for name in _PREFERENCE if why_unusable(name, device, dtype, transforming) is None)
 
 
 @cache
-def _automatic_choice(device: str, dtype: torch.dtype) -> str:
-    """Choose the preferred backend for a device and dtype, and log it, once a process."""
-    name = _first_usable(device, dtype)
+def _automatic_choice(device: str, dtype: torch.dtype, transforming: bool) -> str:
+    """Choose the preferred backend for a call, and log it, once a process."""
+    name = _first_usable(device, dtype, transforming)
     logging.getLogger('mmspatialmamba').info('ops on %s tensors run on the %r backend', device, name)
     return name
 
@@ -131,14 +147,19 @@ def _automatic_choice(device: str, dtype: torch.dtype) -> str:
 def choose(*tensors: torch.Tensor | None) -> str:
     """Choose the next call's backend: ``use_backend``'s, else ``MMSPATIALMAMBA_BACKEND``'s, else the preferred one.
 
+    PyTorch applies function transforms (``torch.func``, ``torch.vmap``) and forward-mode AD to no registered op with a
+    gradient formula.
+
     Args:
         *tensors (Tensor, optional): The call's inputs; they are on one device.
 
+    Returns:
+        str: The name of the backend; under function transforms and forward-mode AD 'reference'.
+
     Raises:
         ValueError: If a backend was asked for that cannot run on these inputs.
-        NotImplementedError: If an input has a tangent of forward-mode AD, which an op would drop.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = compat.is_compiling()
     device, dtype = '', torch.float32
     for tensor in tensors:
         if tensor is None:
@@ -146,20 +167,13 @@ def choose(*tensors: torch.Tensor | None) -> str:
         device = device or tensor.device.type
         if tensor.dtype == torch.float64:
             dtype = torch.float64
-        if not compiling and unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                'the ops of mmspatialmamba have no forward-mode derivatives (torch.func.jvp, '
-                'torch.autograd.forward_ad); use reverse mode, such as torch.autograd.grad'
-            )
-    asked_for = _chosen.get()
-    if asked_for is not None:
-        return _check(asked_for, 'use_backend', device, dtype)
-    asked_for = os.environ.get(_ENVIRONMENT_VARIABLE)
-    if asked_for is not None:
-        return _check(asked_for, f'the environment variable {_ENVIRONMENT_VARIABLE}', device, dtype)
-    return _first_usable(device, dtype) if compiling else _automatic_choice(device, dtype)
-
-
-def kernels(*tensors: torch.Tensor | None) -> Any:
-    """The ops of the backend that :func:`choose` chooses, a namespace of ``torch.ops``."""
-    return getattr(torch.ops, f'mmspatialmamba_{choose(*tensors)}')
+    transforming = not compiling and (compat.are_transforms_active() or forward_ad._current_level >= 0)
+    call = device, dtype, transforming
+    readable = compat.COMPILES_CONTEXT_VARIABLES or not compiling
+    if (name := _chosen.get() if readable else _chosen_for_compiler.name) is not None:
+        _check(name, 'use_backend', *call)
+    elif (name := os.environ.get(_ENVIRONMENT_VARIABLE)) is not None:
+        _check(name, f'the environment variable {_ENVIRONMENT_VARIABLE}', *call)
+    else:
+        name = _first_usable(*call) if compiling else _automatic_choice(*call)
+    return 'reference' if transforming else name

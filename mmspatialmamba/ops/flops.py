@@ -8,6 +8,8 @@ from math import prod
 
 import torch
 
+from .. import compat
+
 # Multiply-adds for each element of the state h, or of a convolution's output. A fusion counts three kernels of nine
 # taps, as three depthwise convolutions do, though a backend may merge the three centres; the fused op's read-out is
 # C * g + D * u.
@@ -56,12 +58,10 @@ def _torch_formula(op: str) -> Callable[..., int]:
 
 def register_with_torch() -> None:
     """Register the formulas with ``torch.utils.flop_counter``, once; importing ``mmspatialmamba.ops`` does it."""
-    from torch.utils.flop_counter import register_flop_formula
-
     for namespace in (getattr(torch.ops, f'mmspatialmamba_{backend}') for backend in _BACKENDS):
         for op in (*FORWARD, *BACKWARD):
             if hasattr(namespace, op):
-                register_flop_formula(getattr(namespace, op))(_torch_formula(op))
+                compat.register_flop_formula(getattr(namespace, op))(_torch_formula(op))
 
 
 def _jit_handle(op: str) -> Callable:

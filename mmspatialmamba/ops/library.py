@@ -14,6 +14,7 @@ from typing import Any, Union
 
 import torch
 
+from .. import compat
 from . import dispatch
 
 Shape = tuple[Union[str, int], ...]
@@ -57,6 +58,22 @@ def check_arguments(op: str, shapes: Mapping[str, Shape], tensors: Sequence[torc
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """The dtype an op computes in: float64 where one of the tensors has it, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def run(op: str, reference: ModuleType, *arguments: Any) -> Any:
+    """Run an op on the backend that :func:`dispatch.choose` chooses.
+
+    Args:
+        op (str): Name of the op.
+        reference (ModuleType): Has the truth under that name.
+        *arguments (object): The op's arguments.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    backend = dispatch.choose(*tensors)
+    if backend != 'reference':
+        return getattr(getattr(torch.ops, f'mmspatialmamba_{backend}'), op)(*arguments)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return getattr(reference, op)(*arguments)
 
 
 def like_inputs(*inputs: Any) -> Gradients:
@@ -133,8 +150,8 @@ def _register_autograd(namespace: str, op: str, truth: Callable, tensors: int, k
         absent = [None] * (len(inputs) - len(present) + len(ctx.constants))
         return second[0], *[None] * (first_input - 1), *second[1:], *absent
 
-    torch.library.register_autograd(f'{namespace}::{op}', backward, setup_context=setup_context)
-    torch.library.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second_context)
+    compat.register_autograd(f'{namespace}::{op}', backward, setup_context=setup_context)
+    compat.register_autograd(f'{namespace}::{op}_backward', second_backward, setup_context=setup_second_context)
 
 
 _libraries: list[torch.library.Library] = []
@@ -189,5 +206,5 @@ def register(
                 kernel = _torch_kernel(getattr(reference, name), fakes[name]) if is_torch else _triton_kernel(op, name)
                 library.impl(name, kernel, 'CompositeExplicitAutograd')
         for name in schemas:
-            torch.library.register_fake(f'{namespace}::{name}', fakes[name])
+            compat.register_fake(f'{namespace}::{name}', fakes[name])
         _register_autograd(namespace, op, getattr(reference, op), tensors, keeps_output)

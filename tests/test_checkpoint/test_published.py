@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import publish_model
 import pytest
 import torch
+import upstream_to_mmspatialmamba as converter
 import weights
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
-from test_checkpoint.files import ARCH, backbone_state, published_classifier
+from test_checkpoint.files import ARCH, backbone_state, published_classifier, same
 
 from mmspatialmamba.checkpoint import register_checkpoint_loaders
 from mmspatialmamba.datasets.photo_digits import make_photo_digits
@@ -187,6 +189,32 @@ def test_the_test_scripts(workspace, library):
     assert result.returncode == 0, result.stderr[-2000:]
     assert f'that {path} should hold were loaded\n' in result.stdout + result.stderr
     assert 'do not match' not in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('library', DEMOS)
+def test_a_training_is_published(workspace, library, tmp_path, monkeypatch):
+    """Every way in takes what publish_model.py makes of a training's checkpoint."""
+    monkeypatch.chdir(workspace)
+    cfg = Config.fromfile(str(ROOT / 'configs' / 'demo' / DEMOS[library]))
+    by_epoch = 'max_epochs' in cfg.train_cfg
+    cfg.train_cfg.update(max_epochs=1) if by_epoch else cfg.train_cfg.update(max_iters=1, val_interval=1)
+    cfg.default_hooks.checkpoint = dict(type='ResumableCheckpointHook', interval=1, by_epoch=by_epoch)
+    cfg.work_dir = str(tmp_path)
+    Runner.from_cfg(cfg).train()
+    trained = torch.load((tmp_path / 'last_checkpoint').read_text(), weights_only=True)
+    published = publish_model.publish((tmp_path / 'last_checkpoint').read_text())
+    path = str(converter.write(published, tmp_path / 'model.pth', digest_in_name=True)[1])
+
+    register_checkpoint_loaders()
+    load = getattr(importlib.import_module(f'{library}.apis'), APIS[library])
+    model = load(cfg, pretrained=path) if library == 'mmpretrain' else load(cfg, path, device='cpu')
+    assert same(model.state_dict(), trained['state_dict'])
+    classes = trained['meta']['dataset_meta']['classes']
+    assert (model._dataset_meta if library == 'mmpretrain' else model.dataset_meta)['classes'] == classes
+    result = run_test_script(library, path, workspace)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f'that {path} should hold were loaded\n' in result.stdout + result.stderr
 
 
 @pytest.mark.slow

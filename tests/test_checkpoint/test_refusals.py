@@ -172,6 +172,14 @@ def test_the_hook_reads_its_runs_file_and_no_other(tmp_path):
         CheckpointLoader.load_checkpoint(hostile)
 
 
+def test_the_hook_reads_the_files_of_a_moved_work_dir(tmp_path):
+    hostile = write_broken('os.system', tmp_path)
+    (tmp_path / 'last_checkpoint').write_text('old/place/os.system.pth')
+    make_runner(Model(), tmp_path, resume=True).call_hook('before_run')
+    with pytest.raises(CheckpointError, match='refused'):
+        CheckpointLoader.load_checkpoint(hostile)
+
+
 class Handler(SimpleHTTPRequestHandler):
     def do_GET(self):
         if not self.path.startswith('/cut'):

@@ -204,7 +204,9 @@ def test_a_prepared_copy_is_for_inference_alone():
     with pytest.raises(RuntimeError, match='holds no weights to save: save the original'):
         prepared.state_dict()
     with pytest.raises(RuntimeError, match='has no gradients: use the original'):
-        prepared(images.requires_grad_())
+        prepared(images.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match='has no gradients: use the original'):
+        torch.func.jvp(prepared, (images,), (images,))
     with pytest.raises(ValueError, match=r'stem is _Stem\(\), not Stem\(\)'):
         prepare_for_cpu(prepared)
     with pytest.raises(RuntimeError, match='cannot be trained: train the original'):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +102,41 @@ class TestAtomicLocalBackend:
         with pytest.raises(CheckpointError, match='cannot write .*x.pth: File exists'):
             put(b'', tmp_path / 'file' / 'x.pth')
 
+    @pytest.mark.parametrize('code', [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES])
+    @pytest.mark.parametrize('function', ['open', 'fsync'])
+    def test_folders_that_cannot_be_opened_or_flushed(self, tmp_path, monkeypatch, function, code):
+        original, refused = getattr(os, function), []
+
+        def refuse(target, *args):
+            if stat.S_ISDIR(os.stat(target).st_mode):
+                refused.append(target)
+                raise OSError(code, os.strerror(code))
+            return original(target, *args)
+
+        monkeypatch.setattr(os, function, refuse)
+        put(b'new', tmp_path / 'file')
+        assert refused
+        assert (tmp_path / 'file').read_bytes() == b'new'
+
+    @pytest.mark.parametrize(
+        ('code', 'unsupported'),
+        [(errno.EINVAL, True), (errno.EOPNOTSUPP, True), (errno.EIO, False), (errno.ENOSPC, False)],
+    )
+    def test_files_that_cannot_be_flushed(self, tmp_path, monkeypatch, code, unsupported):
+        put(b'old', tmp_path / 'file')
+
+        def refuse(descriptor: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, 'fsync', refuse)
+        if unsupported:
+            put(b'new', tmp_path / 'file')
+        else:
+            with pytest.raises(CheckpointError, match=os.strerror(code)):
+                put(b'new', tmp_path / 'file')
+        assert [p.name for p in tmp_path.iterdir()] == ['file']
+        assert (tmp_path / 'file').read_bytes() == (b'new' if unsupported else b'old')
+
     def test_an_interrupt_leaves_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / 'file'
         put(b'old', path)
@@ -176,12 +213,38 @@ def test_find_intact_checkpoint(checkpoints, last, damaged, expected):
         cut(checkpoints[epoch])
     shutil.copy(checkpoints[1], checkpoints[1].with_name('epoch_8.pth.incomplete'))
     shutil.copy(checkpoints[1], checkpoints[1].with_name('best_loss_epoch_8.pth'))
-    found = find_intact_checkpoint(str(checkpoints[last]), 'epoch_{}.pth')
+    found = find_intact_checkpoint(str(checkpoints[last]), checkpoints[1].parent, 'epoch_{}.pth')
     assert found == (None if expected is None else str(checkpoints[expected]))
 
 
 def test_find_intact_checkpoint_in_a_folder_that_is_gone(tmp_path):
-    assert find_intact_checkpoint(tmp_path / 'gone' / 'epoch_3.pth', 'epoch_{}.pth') is None
+    assert find_intact_checkpoint(tmp_path / 'gone' / 'epoch_3.pth', tmp_path, 'epoch_{}.pth') is None
+
+
+@pytest.mark.parametrize(
+    ('here', 'there', 'expected'),
+    [
+        ([9, 10], [], 'here/epoch_10.pth'),
+        ([9, 10], [9, 10], 'here/epoch_10.pth'),
+        ([9], [9, 10], 'there/epoch_10.pth'),
+        ([1, 9], [1, 2], 'here/epoch_9.pth'),
+        ([2], [1, 9], 'there/epoch_9.pth'),
+    ],
+    ids=['moved', 'copied', 'copied in part', 'damaged at both', 'damaged, and copied in part'],
+)
+def test_find_intact_checkpoint_in_two_folders(checkpoints, tmp_path, here, there, expected):
+    for name, epochs in (('here', here), ('there', there)):
+        (tmp_path / name).mkdir()
+        for epoch in epochs:
+            shutil.copy(checkpoints[epoch], tmp_path / name)
+    found = find_intact_checkpoint(tmp_path / 'there/epoch_10.pth', tmp_path / 'here', 'epoch_{}.pth')
+    assert found == str(tmp_path / expected)
+
+
+def test_a_sharded_checkpoint_is_a_folder(tmp_path):
+    (tmp_path / 'here' / 'epoch_3.pth').mkdir(parents=True)
+    found = find_intact_checkpoint(tmp_path / 'gone' / 'epoch_3.pth', tmp_path / 'here', 'epoch_{}.pth')
+    assert found == str(tmp_path / 'here' / 'epoch_3.pth')
 
 
 def test_a_deprecated_argument_is_refused():
@@ -217,7 +280,9 @@ class Line(BaseModel):
 class Falling(BaseMetric):
     """A metric that is best in epochs 1 and 3."""
 
-    values = iter((3.0, 4.0, 1.0))
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = iter(values)
 
     def process(self, data_batch: dict, data_samples: list) -> None:
         self.results.append(0)
@@ -226,32 +291,37 @@ class Falling(BaseMetric):
         return {'loss': next(self.values)}
 
 
-def test_order_of_writing_and_removing(tmp_path, monkeypatch):
-    (tmp_path / 'epoch_7.pth.incomplete').write_bytes(b'half')
+def train(work_dir: Path, epochs: int, *losses: float, resume: bool = False, **hook: object) -> Runner:
+    """Train a line, with these losses in the evaluations."""
     loader = {'dataset': [{'x': torch.ones(1)}] * 2, 'sampler': {'type': 'DefaultSampler'}, 'batch_size': 1}
     loader['collate_fn'] = {'type': 'default_collate'}
-    calls = []
-    replace, unlink = os.replace, Path.unlink
-    monkeypatch.setattr(os, 'replace', lambda a, b: (replace(a, b), calls.append(f'write {Path(b).name}')))
-    monkeypatch.setattr(os, 'remove', lambda path: (unlink(Path(path)), calls.append(f'remove {Path(path).name}')))
     runner = Runner(
         Line(),
-        str(tmp_path),
+        str(work_dir),
         train_dataloader=loader,
         val_dataloader=loader,
-        train_cfg={'by_epoch': True, 'max_epochs': 3},
+        train_cfg={'by_epoch': True, 'max_epochs': epochs},
         val_cfg={},
-        val_evaluator=Evaluator([Falling()]),
+        val_evaluator=Evaluator([Falling(*losses)]),
         optim_wrapper={'optimizer': {'type': 'SGD', 'lr': 0.1}},
-        default_hooks={
-            'checkpoint': {'type': 'ResumableCheckpointHook', 'interval': 1, 'max_keep_ckpts': 1, 'save_best': 'loss'}
-        },
-        experiment_name='order',
+        default_hooks={'checkpoint': {'type': 'ResumableCheckpointHook', 'interval': 1, 'save_best': 'loss', **hook}},
+        resume=resume,
+        experiment_name=f'{work_dir} {epochs}',
         log_level='ERROR',
     )
     state = get_random_state()
     runner.train()
     set_random_state(state)
+    return runner
+
+
+def test_order_of_writing_and_removing(tmp_path, monkeypatch):
+    (tmp_path / 'epoch_7.pth.incomplete').write_bytes(b'half')
+    calls = []
+    replace, unlink = os.replace, Path.unlink
+    monkeypatch.setattr(os, 'replace', lambda a, b: (replace(a, b), calls.append(f'write {Path(b).name}')))
+    monkeypatch.setattr(os, 'remove', lambda path: (unlink(Path(path)), calls.append(f'remove {Path(path).name}')))
+    train(tmp_path, 3, 3.0, 4.0, 1.0, max_keep_ckpts=1)
     assert calls == [
         *('write epoch_1.pth', 'write last_checkpoint'),
         *('write best_loss_epoch_1.pth', 'write epoch_1.pth', 'write last_checkpoint'),
@@ -263,3 +333,44 @@ def test_order_of_writing_and_removing(tmp_path, monkeypatch):
         *('best_loss_epoch_3.pth', 'epoch_3.pth', 'last_checkpoint')
     ]
     assert not list(tmp_path.glob('*.incomplete'))
+
+
+def pth(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob('*.pth')}
+
+
+@pytest.mark.parametrize('save_best', ['loss', ['loss', 'again']], ids=['a best one', 'several'])
+def test_a_work_dir_is_moved_and_copied(tmp_path, monkeypatch, save_best):
+    compute = Falling.compute_metrics
+    monkeypatch.setattr(Falling, 'compute_metrics', lambda self, results: {'again': 1.0, **compute(self, results)})
+    hook = {'max_keep_ckpts': 2, 'save_best': save_best, 'rule': 'less'}
+    source, moved, copied = tmp_path / 'a', tmp_path / 'b', tmp_path / 'c'
+    train(source, 2, 3.0, 4.0, **hook)
+    shutil.copytree(source, copied)
+    before = pth(source)
+    assert {'best_loss_epoch_1.pth', 'epoch_1.pth', 'epoch_2.pth'} <= before.keys()
+
+    runner = train(copied, 3, 4.0, 1.0, resume=True, **hook)
+    assert runner._load_from == str(copied / 'epoch_2.pth')
+    assert runner.iter == 6
+    assert pth(source) == before
+    expected = before.keys() - {'epoch_1.pth', 'best_loss_epoch_1.pth'} | {'epoch_3.pth', 'best_loss_epoch_3.pth'}
+    assert pth(copied).keys() == expected
+    assert (copied / 'last_checkpoint').read_text() == str(copied / 'epoch_3.pth')
+
+    source.rename(moved)
+    runner = train(moved, 3, 4.0, 1.0, resume=True, published_keys=['state_dict'], **hook)
+    assert runner._load_from == str(moved / 'epoch_2.pth')
+    assert not source.exists()
+    assert pth(moved).keys() >= expected
+    assert not (moved / 'best_loss_epoch_1.pth').exists()
+
+
+def test_a_lost_note_of_the_last_checkpoint_costs_no_training(tmp_path):
+    train(tmp_path, 2, 3.0, 4.0)
+    (tmp_path / 'last_checkpoint').write_text('')
+    runner = train(tmp_path, 3, 4.0, 1.0, resume=True)
+    assert runner._load_from == str(tmp_path / 'epoch_2.pth')
+    (tmp_path / 'last_checkpoint').unlink()
+    runner = train(tmp_path, 4, 2.0, resume=True)
+    assert runner._load_from == str(tmp_path / 'epoch_3.pth')

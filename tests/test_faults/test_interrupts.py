@@ -30,6 +30,15 @@ def test_a_signal_interrupts(signum, error):
     assert signal.alarm(0) == 0
 
 
+def test_windows_has_no_alarm(monkeypatch):
+    monkeypatch.delattr(signal, 'SIGALRM')
+    monkeypatch.delattr(signal, 'alarm')
+    with pytest.raises(launch.Interrupted) as interrupt, launch.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    assert interrupt.value.args == (signal.SIGINT,)
+
+
 @pytest.mark.slow
 def test_a_swallowed_interrupt_is_repeated():
     begin, swallowed = time.monotonic(), False
@@ -65,6 +74,9 @@ def test_advice_names_the_last_checkpoint(tmp_path, monkeypatch, work_dir, cfg_w
     advice = launch.resume_advice(cfg, args)
     assert 'here/epoch_3.pth' in advice
     assert '--resume' in advice
+    # The folder was moved.
+    (tmp_path / folder / 'epoch_3.pth').touch()
+    assert f'to continue from {tmp_path / folder}/epoch_3.pth, run' in launch.resume_advice(cfg, args)
 
 
 @pytest.mark.parametrize(

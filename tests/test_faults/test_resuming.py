@@ -44,9 +44,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(trainer, work_dir, finis
     cut(work_dir / 'epoch_3.pth')
     status, events, output = trainer.train(**OPTIONS, work_dir=work_dir, resume=True)
     assert status == 0, output
-    message = (
-        f'{work_dir}/epoch_3.pth is missing or damaged: the run goes on from the one before it, {work_dir}/epoch_2.pth'
-    )
+    message = f'{work_dir}/epoch_3.pth is missing or damaged: the run goes on from {work_dir}/epoch_2.pth'
     assert message in output
     assert events.count('iteration') == 3
     expected = weights(finished / 'epoch_3.pth')
@@ -59,7 +57,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(trainer, work_dir):
     before = {path: path.read_bytes() for path in work_dir.iterdir() if path.is_file()}
     status, events, output = trainer.train(**OPTIONS, work_dir=work_dir, resume=True)
     assert (status, events) == (1, [])
-    assert 'no older one in its folder is whole: run the command without --resume' in output
+    assert 'put a whole one into the work_dir, or start anew with another work_dir' in output
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TOOLS, cpu_environment, write_images
+from small_runs import TOOLS, cpu_environment, run_script, write_images
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-import mmspatialmamba  # noqa: F401
+from mmspatialmamba.engine.checkpoint_hook import is_intact
 
 PACE = """
 import os
@@ -59,6 +59,28 @@ default_hooks = dict(checkpoint=dict(type='ResumableCheckpointHook', interval=1,
 custom_hooks = [dict(type='EMAHook', momentum=0.1), dict(type='PaceHook')]
 randomness = dict(seed=0)
 del dataset
+"""
+AS_ON_WINDOWS = """
+import os
+import signal
+import sys
+
+opened = os.open
+
+
+def refuse_folders(path, *args, **kwargs):
+    if os.path.isdir(path):
+        raise PermissionError(13, 'Permission denied', path)
+    return opened(path, *args, **kwargs)
+
+
+os.open = refuse_folders
+del signal.SIGALRM, signal.alarm, os.fork
+sys.modules['fcntl'] = None
+
+from mmspatialmamba.engine.launch import main
+
+sys.exit(main('train'))
 """
 
 
@@ -153,6 +175,15 @@ def test_stopped_in_every_way_and_resumed(folder):
     status, error = finish(undisturbed)
     assert status == 0, error
     assert_same_end(work_dir, folder / 'undisturbed')
+
+
+@pytest.mark.slow
+def test_trains_without_what_windows_lacks(folder):
+    options = ('train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False', 'train_cfg.max_epochs=1')
+    command = (sys.executable, '-c', AS_ON_WINDOWS, 'config.py', '--work-dir', 'windows', '--cfg-options', *options)
+    result = run_script(*command, cwd=folder, SECONDS_OF_AN_EPOCH=0)
+    assert result.returncode == 0, result.stderr
+    assert is_intact(folder / 'windows' / 'epoch_1.pth')
 
 
 @pytest.mark.slow

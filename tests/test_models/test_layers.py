@@ -93,6 +93,8 @@ class Shift(nn.Module):
 class Int8Weight(torch.Tensor):
     """Weight-only quantization: int8 values and a scale, dequantized by whatever reads them."""
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors, as torchao's
+
     @staticmethod
     def __new__(cls, weight):
         result = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)

@@ -1,9 +1,16 @@
 import copy
+import runpy
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import weights
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import get_installed_path
 from torch import nn
 
 from mmspatialmamba.models import SpatialMamba
@@ -109,6 +116,52 @@ def test_any_image_size(height, width):
         assert out.isfinite().all()
 
 
+@pytest.fixture
+def vis_cam(monkeypatch):
+    """mmpretrain's script for class activation maps, which imports pytorch-grad-cam."""
+    names = ('', '.activations_and_gradients', '.utils', '.utils.image')
+    cam, activations, _, image = modules = [ModuleType(f'pytorch_grad_cam{name}') for name in names]
+    cam.GradCAMPlusPlus = activations.ActivationsAndGradients = image.show_cam_on_image = None
+    cam.base_cam = Namespace(BaseCAM=type('BaseCAM', (), {}))
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return runpy.run_path(str(Path(get_installed_path('mmpretrain'), '.mim/tools/visualization/vis_cam.py')))
+
+
+def grad_cam(model, layer, transform, image, category):
+    """The class activation map that pytorch-grad-cam's GradCAM computes from what hooks on a layer get."""
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    (gradient,) = torch.autograd.grad(model(image, mode='tensor')[0, category], seen)
+    gradient, activation = transform(gradient), transform(seen[0])
+    return (gradient.mean((2, 3), keepdim=True) * activation).sum(1).relu().detach()
+
+
+def test_class_activation_map_of_the_default_layer(vis_cam):
+    init_default_scope('mmpretrain')
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='SpatialMamba', arch=SMALL, out_indices=(3,)),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
+        )
+    ).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    image, args = torch.randn(1, 3, 128, 160), Namespace(vit_like=False, num_extra_tokens=None)
+    (layer,) = vis_cam['get_default_target_layers'](model, args)
+    assert layer is model.backbone.norm3
+    found = grad_cam(model, layer, lambda tensor: vis_cam['reshape_transform'](tensor, model, args), image, 2)
+    # The score is linear in the mean of the features: a channel's gradient is its weight, over the number of pixels.
+    (features,) = model.backbone(image)
+    by_hand = torch.einsum('c,nchw->nhw', model.head.fc.weight[2], features).relu() / (4 * 5)
+    assert by_hand.count_nonzero() > 3
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize('in_channels', [1, 4])
 def test_other_channel_counts(in_channels):
     outputs = small(in_channels=in_channels).eval()(torch.randn(1, in_channels, 32, 32))
@@ -179,6 +232,23 @@ def test_norm_eval_keeps_running_statistics():
     backbone(torch.randn(2, 3, 32, 32))
     torch.testing.assert_close(backbone.stem.conv1.norm.running_mean, before, rtol=0, atol=0)
     assert backbone.training and backbone.stages[0][0].training
+
+
+@pytest.mark.parametrize(
+    'size, options',
+    [((32, 33), {}), ((32, 32), dict(norm_eval=True)), ((32, 32), dict(norm_cfg=dict(type='GN', num_groups=2)))],
+    ids=['2 pixels', 'norm_eval', 'GN'],
+)
+def test_one_image_trains(size, options):
+    backbone = small(**options).train()
+    sum(out.square().sum() for out in backbone(torch.randn(1, 3, *size))).backward()
+    assert all(p.grad.isfinite().all() for p in backbone.parameters())
+    assert all(buffer.isfinite().all() for buffer in backbone.buffers())
+
+
+def test_batch_norm_of_a_single_value_is_an_error():
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+        small().train()(torch.randn(1, 3, 32, 32))
 
 
 def test_norm_cfg_chooses_the_normalisation():

@@ -1,8 +1,9 @@
-"""Derivatives of any order, and those in forward mode, which are refused."""
+"""Derivatives of any order, and function transforms."""
 
 import pytest
 import torch
 from test_ops.truth import relative_error
+from torch.autograd import forward_ad
 
 from mmspatialmamba import ops
 
@@ -98,9 +99,34 @@ def test_double_backward_of_float64(op):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize('context', [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize('op', OPS)
-def test_forward_mode_is_refused(backend, op, context):
+def test_function_transforms(op, monkeypatch):
+    monkeypatch.delenv('MMSPATIALMAMBA_BACKEND', raising=False)
+    function, inputs, directions = make(op, torch.float64)
+    everywhere = tuple(range(len(inputs)))
+    grad = torch.func.grad(function, everywhere)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    truth = torch.autograd.grad(function(*leaves), leaves)
+    along = sum((t * d).sum() for t, d in zip(truth, directions))
+    _, vhp = torch.autograd.functional.vhp(function, inputs, directions)
+    torch.testing.assert_close(grad(*inputs), truth)
+    torch.testing.assert_close(torch.func.jvp(function, inputs, directions)[1], along)
+    torch.testing.assert_close(torch.func.jvp(grad, inputs, directions)[1], vhp)
+    with forward_ad.dual_level():
+        result = function(*map(forward_ad.make_dual, inputs, directions))
+        torch.testing.assert_close(forward_ad.unpack_dual(result).tangent, along)
+    # Per-sample gradients, with the first input of every sample its own, and the last one shared.
+    dims = (0, *[None] * (len(inputs) - 1))
+    batch = torch.stack([inputs[0], directions[0]])
+    per_sample = torch.vmap(grad, dims)(batch, *inputs[1:])
+    for i, sample in enumerate(batch):
+        torch.testing.assert_close(tuple(g[i] for g in per_sample), grad(sample, *inputs[1:]))
+
+
+@pytest.mark.skipif('native' not in ops.available_backends(), reason='needs the compiled ops')
+@pytest.mark.parametrize('op', OPS)
+def test_function_transforms_are_refused_by_a_backend_asked_for_by_name(op):
     function, inputs, directions = make(op, torch.float32)
-    with context(), pytest.raises(NotImplementedError, match=r'no forward-mode derivatives .*; use reverse mode'):
+    message = "use_backend asks for the backend 'native', which cannot run here: it has neither function transforms"
+    with ops.use_backend('native'), pytest.raises(ValueError, match=message):
         torch.func.jvp(function, inputs, directions)

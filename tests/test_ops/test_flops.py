@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import ops
+from mmspatialmamba.compat import TORCH
 from mmspatialmamba.ops.flops import JIT_HANDLES, multiply_adds, register_with_mmengine
 
 analysis = pytest.importorskip('mmengine.analysis')
@@ -22,6 +23,7 @@ REGISTERED = [
 ]
 # A model on Triton's interpreter would take hours.
 ON_CPU = [name for name in ops.available_backends() if name != 'triton']
+needs_formulas = pytest.mark.skipif(TORCH < (2, 2), reason='FlopCounterMode takes formulas since PyTorch 2.2')
 SMALL_ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1))
 
 
@@ -47,6 +49,7 @@ def leaves(*shapes):
     return [torch.rand(shape, requires_grad=True) for shape in shapes]
 
 
+@needs_formulas
 @pytest.mark.parametrize('backend', REGISTERED)
 class TestTorchCounter:
     """Two operations a multiply-add, on tensors without data, so that nothing is run."""
@@ -76,6 +79,7 @@ class TestTorchCounter:
         assert counted(lambda *t: scan(*t, True), *tensors) == (2 * 36 * elements, 2 * (34 + 72) * elements)
 
 
+@needs_formulas
 @pytest.mark.parametrize('backend', ON_CPU)
 def test_torch_and_mmengine_count_a_backbone_alike(backend):
     from mmspatialmamba.models import SpatialMamba
@@ -92,6 +96,48 @@ def test_torch_and_mmengine_count_a_backbone_alike(backend):
     assert counter.get_total_flops() == 2 * products
     with ops.use_backend('torch'):
         assert by_operator == analyzer(model, image).by_operator()
+
+
+def profile(model, image, rules):
+    """Count multiply-adds and parameters as thop.profile does: by hooks on the classes in ``rules``."""
+
+    def count_below(module):
+        counts = [module.total_ops.item(), 0]
+        for child in module.children():
+            found = (child.total_ops.item(), sum(p.numel() for p in child.parameters()))
+            for i, count in enumerate(found if type(child) in rules else count_below(child)):
+                counts[i] += count
+        return counts
+
+    for module in model.modules():
+        module.register_buffer('total_ops', torch.zeros(1, dtype=torch.float64))
+        if type(module) in rules:
+            module.register_forward_hook(rules[type(module)])
+    with torch.no_grad():
+        model(image)
+    return tuple(count_below(model))
+
+
+@needs_formulas
+def test_tools_that_hook_modules_count_all():
+    from mmspatialmamba.models import SpatialMamba
+    from mmspatialmamba.models.layers import THOP_OPS, LayerNorm2d
+
+    def count_linear(linear, inputs, output):
+        linear.total_ops += linear.in_features * output.numel()
+
+    def count_conv(conv, inputs, output):
+        conv.total_ops += conv.weight[0].numel() * output.numel()
+
+    model, image = SpatialMamba(arch=SMALL_ARCH).eval(), torch.rand(1, 3, 64, 64)
+    parameters = sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    norms = dict.fromkeys((LayerNorm2d, torch.nn.LayerNorm, torch.nn.BatchNorm2d), lambda *args: None)
+    rules = {torch.nn.Linear: count_linear, torch.nn.Conv2d: count_conv, **THOP_OPS, **norms}
+    twice = torch.nn.Sequential(model)
+    twice.forward = lambda image: (model(image), model(image))
+    assert profile(twice, image, rules) == (counter.get_total_flops(), parameters)
 
 
 @pytest.mark.parametrize('backend', ON_CPU)
@@ -134,6 +180,7 @@ def test_classifiers_have_the_published_figures(backend, arch, giga, parameters)
     assert f'{total / 1e9:.2f}' == giga
 
 
+@needs_formulas
 @pytest.mark.parametrize('backend', ON_CPU)
 def test_torch_counts_the_public_ops_in_either_order_of_imports(backend):
     code = (

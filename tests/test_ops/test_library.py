@@ -5,8 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmspatialmamba import ops
+from mmspatialmamba.compat import TORCH
 
-pytestmark = pytest.mark.usefixtures('poisoned_memory')
+pytestmark = [
+    pytest.mark.usefixtures('poisoned_memory'),
+    pytest.mark.skipif(TORCH < (2, 4), reason='torch.library.opcheck is there since PyTorch 2.4'),
+]
 
 BATCH, DIM, STATE, HEIGHT, WIDTH = 2, 3, 2, 4, 5
 LENGTH = HEIGHT * WIDTH

@@ -193,6 +193,12 @@ def test_missing_checkpoint(run_tool, write, args):
     assert_one_line(result, 'no checkpoint none.pth', str(Path.cwd()))
 
 
+@pytest.mark.parametrize('pretrained', [None, 'x.pth'])
+def test_mmdet_takes_no_pretrained(run_tool, write, pretrained):
+    path = write(f"default_scope = 'mmdet'\nmodel = dict(pretrained={pretrained!r})")
+    assert_one_line(run_tool('train', path), str(path), 'model.pretrained', 'set model.backbone.init_cfg=dict(')
+
+
 def test_missing_checkpoint_to_resume(run_tool, write):
     result = run_tool('train', write("default_scope = 'mmpretrain'"), '--resume', 'none.pth')
     assert_one_line(result, 'no checkpoint none.pth')

@@ -8,9 +8,9 @@ where mmengine is not, it is built from its layers, without drop path and output
 from __future__ import annotations
 
 import argparse
+import cProfile
 import os
 import re
-import sys
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from torch import nn
 
 OURS = 'SpatialMamba-T'
 HAS_MMENGINE = find_spec('mmengine') is not None
-PEERS = ('Swin-T', 'ConvNeXt-T', 'ResNet-50') if find_spec('torchvision') else ()
+PEERS = {'Swin-T': 'swin_t', 'ConvNeXt-T': 'convnext_tiny', 'ResNet-50': 'resnet50'} if find_spec('torchvision') else {}
 INPUTS = {'inference': ['1x224x224', '1x512x512', '1x800x1216', '1x1024x2048'], 'training': ['2x512x512']}
 GPU_INPUT = '64x224x224'
 KEYS = ('size', 'task', 'precision', 'name', 'form', 'layout')
@@ -68,13 +68,10 @@ def build(name: str) -> nn.Module:
         from mmspatialmamba.models import SpatialMamba
 
         return SpatialMamba('tiny')
-    from torchvision.models import convnext_tiny, resnet50, swin_t
+    from torchvision.models import get_model
 
-    if name == 'Swin-T':
-        return swin_t().features
-    if name == 'ConvNeXt-T':
-        return convnext_tiny(stochastic_depth_prob=0.2).features
-    return nn.Sequential(*list(resnet50().children())[:-2])
+    model = get_model(PEERS[name])
+    return getattr(model, 'features', None) or nn.Sequential(*list(model.children())[:-2])
 
 
 def build_from_layers() -> nn.Sequential:
@@ -102,18 +99,12 @@ class Step:
         self.model = build(name).to(**where).train(task == 'training')
         self.image = torch.rand(batch, 3, height, width).to(**where)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4) if task == 'training' else None
-        self.forward = self.model
-        if form == 'compiled':
-            self.forward = torch.compile(self.model, dynamic=False)
-        elif form == 'prepared':
+        if form == 'prepared':
             from mmspatialmamba.deploy import prepare_for_cpu
 
-            self.model = self.forward = prepare_for_cpu(self.model)
-        self.autocast = partial(torch.autocast, device, torch.bfloat16, precision == 'autocast')
-
-    def outputs(self):
-        with self.autocast():
-            return self.forward(self.image)
+            self.model = prepare_for_cpu(self.model)
+        forward = torch.compile(self.model, dynamic=False) if form == 'compiled' else self.model
+        self.outputs = partial(torch.autocast(device, torch.bfloat16, precision == 'autocast')(forward), self.image)
 
     def __call__(self) -> None:
         if self.optimizer is None:
@@ -185,11 +176,10 @@ def count_calls(model: nn.Module, package: str) -> list[int]:
     """Count the files of a package that a training forward pass enters, the calls in them, and all Python calls."""
     model, image, calls = model.train(), torch.rand(2, 3, 64, 64), Counter()
     model(image)
-    sys.setprofile(lambda frame, event, _: calls.update([frame.f_code.co_filename] if event == 'call' else []))
-    try:
-        model(image)
-    finally:
-        sys.setprofile(None)
+    profiler = cProfile.Profile(builtins=False)
+    profiler.runcall(model, image)
+    for entry in profiler.getstats():
+        calls[entry.code.co_filename] += entry.callcount
     root = str(Path(find_spec(package).origin).parent) + os.sep
     inside = [number for file, number in calls.items() if file.startswith(root)]
     return [len(inside), sum(inside), sum(calls.values())]

@@ -92,19 +92,14 @@ def compare(args, op, layout, dtype, batch, dim, size) -> list[dict]:
     """Measure an op at one shape: a row for each backend."""
     call, inputs = make_call(op, batch, dim, size, DTYPES[dtype], layout, args.device)
 
-    def forward(backend) -> None:
-        with torch.no_grad():
-            on_backend(backend, call)
-
     def both(backend) -> None:
-        out = on_backend(backend, call)
-        torch.autograd.grad(out, inputs, gradient)
+        torch.autograd.grad(on_backend(backend, call), inputs, gradient)
 
-    gradient = torch.randn_like(call())
-    a, b = (torch.empty_like(inputs[0], requires_grad=False).zero_() for _ in range(2))
+    forward, gradient = torch.no_grad()(on_backend), torch.randn_like(call())
+    a, b = (torch.zeros_like(inputs[0], requires_grad=False) for _ in range(2))
     functions = {'copy': partial(a.copy_, b)}
     for name in args.backends:
-        functions |= {('forward', name): partial(forward, name), ('both', name): partial(both, name)}
+        functions |= {('forward', name): partial(forward, name, call), ('both', name): partial(both, name)}
     times = measuring.measure(functions, args.seconds)
     rows = []
     for name in args.backends:

@@ -25,33 +25,22 @@ MIB = 2**20
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the option that chooses between CPU and GPU."""
-    default = 'cuda' if torch.cuda.is_available() else 'cpu'
-    parser.add_argument('--device', type=_device, default=default, help='cpu or cuda; default: %(default)s')
-
-
-def _device(name: str) -> str:
-    if name not in ('cpu', 'cuda'):
-        raise argparse.ArgumentTypeError(f'{name!r} is neither cpu nor cuda')
-    if name == 'cuda' and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError('this PyTorch finds no GPU; use cpu')
-    return name
+    """Add the option that chooses between CPU and, where PyTorch finds one, GPU."""
+    devices = ['cuda', 'cpu'] if torch.cuda.is_available() else ['cpu']
+    parser.add_argument('--device', choices=devices, default=devices[0], help='default: %(default)s')
 
 
 def parse_benchmark_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Add the options that both benchmarks have, parse all, and set threads and allocator."""
     add_device(parser)
-    out = Path('work_dirs/benchmark')
     parser.add_argument('--threads', type=int, help="CPU threads; default: PyTorch's own choice")
-    parser.add_argument('--out', type=Path, default=out, metavar='DIR', help='default: %(default)s')
+    parser.add_argument('--out', type=Path, default='work_dirs/benchmark', metavar='DIR', help='default: %(default)s')
     parser.add_argument('--seconds', type=float, help='time for each comparison; default: 20, on a GPU 1')
     parser.add_argument('--quick', action='store_true', help='small inputs and few rounds, to see that it works')
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.seconds = args.seconds or (1.0 if args.device == 'cuda' else 20.0)
-    if args.quick:
-        args.seconds = min(args.seconds, 0.3)
+    args.seconds = args.seconds or (0.3 if args.quick else 1.0 if args.device == 'cuda' else 20.0)
     args.keeps_freed_memory = tune_malloc(keep_freed_memory=True)
     return args
 
@@ -106,17 +95,13 @@ def kept_bytes(forward: Callable, parameters: Iterable[torch.Tensor] = ()) -> in
     """
     kept = WeakSet()  # weak, so that what a checkpoint drops again is not counted
 
-    def pack(tensor: torch.Tensor) -> Callable:
-        def unpack() -> torch.Tensor:
-            return tensor
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(held := tensor.detach())
+        return held
 
-        kept.add(unpack)
-        return unpack
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda unpack: unpack()):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
         outputs = forward()  # holds the graph
-    storages = (unpack().untyped_storage() for unpack in kept)
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    sizes = {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in kept}
     for parameter in parameters:
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     del outputs

@@ -132,8 +132,9 @@ def convert(src: str, ema: bool = False, task: str | None = None, reverse: bool 
         raise CheckpointError(f'{src}: there must be one backbone, below {PREFIX!r}, but they are below {prefixes}')
     upstream = next((name for name in old if is_upstream([name.split(PREFIX)[-1]])), None)
     if reverse == (upstream is not None):
-        have, want = ("the original release's", 'leave out --reverse') if reverse else ('already ours', 'use --reverse')
-        raise CheckpointError(f'{src}: the name {upstream or next(iter(old))} is {have}: {want}')
+        ours = 'already ours: use --reverse, or publish_model.py'
+        advice = "the original release's: leave out --reverse" if reverse else ours
+        raise CheckpointError(f'{src}: the name {upstream or next(iter(old))} is {advice}')
     looks = find_task(list(state))
     task = task or looks
     wrong, last = wrong_key(state, task), last_stage(below(state, PREFIX))
@@ -153,15 +154,16 @@ def convert(src: str, ema: bool = False, task: str | None = None, reverse: bool 
     return {'model' if task == 'cls' else 'state_dict': renamed}
 
 
-def write(checkpoint: dict, dst: Path) -> str:
+def write(checkpoint: dict, dst: Path, digest_in_name: bool = False) -> tuple[str, Path]:
     """Write a checkpoint in one step: the file is there whole, or as it was before.
 
     Args:
         checkpoint (dict): What :func:`convert` returns.
         dst (Path): A .pth or .safetensors file.
+        digest_in_name (bool): Whether to name it NAME-DIGEST.pth, with 8 digits of its SHA-256. Defaults to False.
 
     Returns:
-        str: The file's SHA-256.
+        tuple[str, Path]: The file's SHA-256, and the file.
 
     Raises:
         CheckpointError: If the suffix is another one, or the file cannot be written.
@@ -180,10 +182,12 @@ def write(checkpoint: dict, dst: Path) -> str:
                 torch.save(checkpoint, content)
                 path.write_bytes(content.getvalue())
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest_in_name:
+                dst = dst.with_stem(f'{dst.stem}-{digest[:8]}')
             os.replace(path, dst)
     except OSError as error:
         raise CheckpointError(f'cannot write {dst}: {error.strerror or error}') from error
-    return digest
+    return digest, dst
 
 
 def save_safetensors(state: dict, path: Path) -> None:
@@ -200,7 +204,7 @@ def main() -> int:
     args = parse_args()
     try:
         checkpoint = convert(args.src, args.ema, args.task, args.reverse)
-        digest = write(checkpoint, args.dst)
+        digest, _ = write(checkpoint, args.dst)
     except CheckpointError as error:
         print(f'{Path(__file__).name}: {error}', file=sys.stderr)
         return 2

@@ -26,8 +26,6 @@ class MM_SpatialMamba(SpatialMamba):
         dims (int): Number of channels of the first stage. Defaults to 64.
         depths (Sequence[int]): Number of blocks of each stage. Defaults to (2, 4, 8, 4).
         d_state (int): State size; only 1 exists. Defaults to 1.
-        pretrained (str, optional): File or URL of weights for the backbone, as ``checkpoint`` in
-            :class:`SpatialMamba`'s ``init_cfg``. Defaults to None.
         **kwargs: Other arguments of :class:`SpatialMamba`, and the Swin Transformer's, which are dropped.
 
     Raises:
@@ -40,7 +38,6 @@ class MM_SpatialMamba(SpatialMamba):
         dims: int = 64,
         depths: Sequence[int] = (2, 4, 8, 4),
         d_state: int = 1,
-        pretrained: str | None = None,
         **kwargs,
     ) -> None:
         if d_state != 1:
@@ -54,6 +51,5 @@ class MM_SpatialMamba(SpatialMamba):
             )
         super().__init__(
             arch=dict(embed_dims=dims, depths=depths),
-            init_cfg=dict(type='Pretrained', checkpoint=pretrained),
             **{key: value for key, value in kwargs.items() if key not in dropped},
         )

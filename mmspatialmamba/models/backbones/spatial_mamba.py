@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmspatialmamba.registry import SCOPE, register_model, type_name
 
-from ..layers import Downsample, SpatialMambaBlock, Stem
+from ..layers import Downsample, LayerNorm2d, SpatialMambaBlock, Stem
 from ..utils import from_upstream, is_upstream
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -63,9 +63,12 @@ class SpatialMamba(BaseModule):
               size. Default: False.
 
             Defaults to None.
+        pretrained (str, optional): The same as ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``: mmseg sets
+            it where a config has ``model.pretrained``. Defaults to None.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist.
+        ValueError: If ``arch``, ``out_indices`` or ``frozen_stages`` does not exist, or if both ``init_cfg`` and
+            ``pretrained`` are given.
 
     Examples:
         >>> import torch
@@ -96,9 +99,14 @@ class SpatialMamba(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
     ) -> None:
         if isinstance(init_cfg, dict) and init_cfg.get('checkpoint', '') is None:
             init_cfg = None
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(f'{type(self).__name__}: set init_cfg or pretrained (now {pretrained!r}), not both')
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg=init_cfg)
         embed_dims, self.depths = self._parse_arch(arch)
         self.in_channels = in_channels
@@ -125,9 +133,8 @@ class SpatialMamba(BaseModule):
         )
         self.downsamples = nn.ModuleList(Downsample(channels, norm, with_cp) for channels in self.out_channels[:-1])
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+            self.add_module(f'norm{i}', LayerNorm2d(self.out_channels[i]))
 
-        self._register_load_state_dict_pre_hook(self._prepare_to_load)
         self._freeze()
 
     @classmethod
@@ -156,7 +163,7 @@ class SpatialMamba(BaseModule):
             )
         return tuple(sorted({i % self.num_stages for i in indices}))
 
-    def _prepare_to_load(self, state_dict, prefix, local_metadata, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Rename keys of the original release and of earlier versions, and audit what ``read_checkpoint`` has read.
 
         A bare backbone takes its part, below 'backbone.', of a whole model's state dict. Metadata tell the file.
@@ -171,6 +178,7 @@ class SpatialMamba(BaseModule):
             state_dict[prefix + from_upstream(name, last_stage)] = state_dict.pop(prefix + name)
         if SCOPE in local_metadata:
             self._audit(state_dict, prefix, local_metadata[SCOPE])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _audit(self, state_dict, prefix, note):
         """Refuse a file's weights that are not this backbone's; leave in ``state_dict`` what to load."""
@@ -182,7 +190,7 @@ class SpatialMamba(BaseModule):
             # A whole model's file, of which a bare backbone takes its part.
             inside = {key: value for key, value in inside.items() if key.startswith((*self._modules, 'norm'))}
         options = "default_hooks=dict(load_audit=dict(type='LoadAuditHook'))"
-        report = audit(inside, self, note['file'], note['classifier'], options=options)
+        report = audit(inside, self, note['file'], options=options)
         for name in report.fresh:
             state_dict[prefix + name] = self.get_parameter(name)
 
@@ -248,6 +256,31 @@ class SpatialMamba(BaseModule):
 
         return lambda: load
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning-rate decay.
+
+        The stem has depth 0, and each block one more than the block before. A downsampling layer has the depth of the
+        block that follows, output norms and all outside the backbone the largest depth.
+
+        Args:
+            param_name (str): Name of the parameter in the model.
+            prefix (str): Prefix of the backbone's parameters. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths.
+        """
+        num_layers = sum(self.depths) + 2
+        part, *indices = param_name[len(prefix) :].split('.') if param_name.startswith(prefix) else ('head',)
+        if part == 'stem':
+            depth = 0
+        elif part == 'stages':
+            depth = sum(self.depths[: int(indices[0])]) + int(indices[1]) + 1
+        elif part == 'downsamples':
+            depth = sum(self.depths[: int(indices[0]) + 1]) + 1
+        else:
+            depth = num_layers - 1
+        return depth, num_layers
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
 
@@ -258,13 +291,13 @@ class SpatialMamba(BaseModule):
             tuple[Tensor]: One contiguous (batch, embed_dims * 2^i, ceil(H / 2^(i+2)), ceil(W / 2^(i+2))) map for each
             stage i, counted from 0.
         """
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        # As `contiguous(memory_format=torch.channels_last)`, which torch.vmap does not have.
+        x = self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i > 0:
                 x = self.downsamples[i - 1](x)
             x = self.stages[i](x)
             if i in self.out_indices:
-                norm = getattr(self, f'norm{i}')
-                outs.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
+                outs.append(getattr(self, f'norm{i}')(x).contiguous())
         return tuple(outs)

@@ -18,6 +18,14 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a map, whose hooks see (batch, channels, height, width)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) to the same."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ConvLayer(nn.Sequential):
     """Convolution, then normalisation and ReLU where asked for, with PyTorch's default initial weights.
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
+from mmspatialmamba import compat
 from mmspatialmamba.ops import depthwise_conv, gated_layer_norm, structure_aware_scan, structure_aware_scan_backward
 
 _FORWARDS: dict[type, Callable] = {cls: cls.forward for cls in (nn.Conv2d, nn.LayerNorm, nn.Linear)}
@@ -30,16 +32,16 @@ def _are_plain(*modules: nn.Module) -> bool:
 
     All modules are exactly the torch class they were built as, without hooks, parametrizations or a ``forward`` of
     their own, with plain tensors as parameters; convolutions are depthwise, 3x3 and zero-padded. Global hooks count as
-    hooks. Compilers, tracers and functorch transforms get the modules: they fuse and recompute on their own.
+    hooks. Compilers, tracers and function transforms get the modules: they fuse and recompute on their own.
 
-    The private ``_has_any_global_hook`` and ``_functorch.peek_interpreter_stack`` have no public equivalent (torch 2.1
-    to 2.14).
+    ``forward_ad._current_level`` has no public equivalent (torch 2.1 to 2.14).
     """
     if (
-        torch.compiler.is_compiling()
+        compat.is_compiling()
         or torch.jit.is_tracing()
-        or nn.modules.module._has_any_global_hook()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or compat.has_global_hooks()
+        or compat.are_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         return False
     for module in modules:
@@ -190,9 +192,9 @@ def _autocast_state(device: str) -> Callable[[], AbstractContextManager]:
 
     Its cache of weights is off: a weight that is cast without a graph must not serve a call that needs one.
     """
-    if not torch.amp.is_autocast_available(device):
+    if not compat.is_autocast_available(device):
         return nullcontext
-    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    dtype, enabled = compat.get_autocast_dtype(device), compat.is_autocast_enabled(device)
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from contextvars import copy_context
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from mmspatialmamba import compat
 
 
 class _CopiedStatistics:
@@ -29,8 +32,8 @@ class _CopiedStatistics:
 def recompute(module: nn.Module, function: Callable, x: torch.Tensor) -> torch.Tensor:
     """Checkpoint a module's forward pass: recompute its activations in backward instead of keeping them.
 
-    BatchNorm layers update their running statistics once. The module must be the same in both passes: hooks added or
-    removed in between are an error.
+    BatchNorm layers update their running statistics once. Both passes run in the context of the first, on its backend.
+    The module must be the same in both: hooks added or removed in between are an error.
 
     Args:
         module (nn.Module): The module.
@@ -42,7 +45,13 @@ def recompute(module: nn.Module, function: Callable, x: torch.Tensor) -> torch.T
     """
     if not torch.is_grad_enabled():
         return function(x)
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         # Compiled code updates the statistics at its end, once.
         return checkpoint(function, x, use_reentrant=False)
-    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _CopiedStatistics(module)))
+    context = copy_context()
+    return checkpoint(
+        lambda x: context.copy().run(function, x),
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _CopiedStatistics(module)),
+    )

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import dispatch
-from ..library import check_arguments, compute_dtype, register
+from ..library import check_arguments, compute_dtype, register, run
 from . import reference
 
 
@@ -59,5 +58,4 @@ def selective_scan(
         TypeError: If an input is not a floating point tensor.
     """
     check_arguments('selective_scan', _SHAPES, (u, delta, A, B, delta_bias))
-    ops = dispatch.kernels(u, delta, A, B, delta_bias)
-    return ops.selective_scan(u, delta, A, B, delta_bias, delta_softplus)
+    return run('selective_scan', reference, u, delta, A, B, delta_bias, delta_softplus)

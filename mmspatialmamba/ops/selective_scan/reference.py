@@ -53,12 +53,26 @@ class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
     def backward(ctx, grad):
         decay, h = ctx.saved_tensors
         grad_drive = _reverse_recurrence(decay, grad)
         return grad_drive * _previous(h), grad_drive
+
+    @staticmethod
+    def jvp(ctx, decay_tangent, drive_tangent):
+        decay, h = ctx.saved_tensors
+        return linear_recurrence(decay, drive_tangent + decay_tangent * _previous(h))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        decay, drive = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(inputs, in_dims)
+        )
+        h = linear_recurrence(decay.flatten(0, 1), drive.flatten(0, 1))
+        return h.unflatten(0, decay.shape[:2]), 0
 
 
 def linear_recurrence(decay: torch.Tensor, drive: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import dispatch
-from ..library import KERNELS, MAP, check_arguments, register
+from ..library import KERNELS, MAP, check_arguments, register, run
 from . import reference
 
 
@@ -73,7 +72,7 @@ def structure_aware_scan(
     """
     inputs = (u, delta, A, B, C, D, *kernels, alpha, delta_bias)
     check_arguments('structure_aware_scan', _SHAPES, inputs)
-    return dispatch.kernels(*inputs).structure_aware_scan(*inputs, delta_softplus)
+    return run('structure_aware_scan', reference, *inputs, delta_softplus)
 
 
 def structure_aware_scan_backward(
@@ -106,4 +105,4 @@ def structure_aware_scan_backward(
     """
     inputs = (u, delta, A, B, C, D, *kernels, alpha, delta_bias)
     check_arguments('structure_aware_scan', {'grad': MAP, **_SHAPES}, (grad, *inputs))
-    return dispatch.kernels(*inputs).structure_aware_scan_backward(grad, *inputs, delta_softplus)
+    return run('structure_aware_scan_backward', reference, grad, *inputs, delta_softplus)

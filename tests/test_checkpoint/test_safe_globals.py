@@ -1,17 +1,24 @@
+"""What of mmengine's training checkpoints is read, by torch since 2.6 and by our own reader below it."""
+
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from mmspatialmamba.engine.safe_globals import allow_training_checkpoints
+from mmspatialmamba.checkpoint.safe_globals import allow_training_checkpoints, load_below_2_6, load_weights_only
+
+READERS = pytest.mark.parametrize('read', [load_weights_only, load_below_2_6], ids=['this torch', 'torch below 2.6'])
 
 TRAIN = """
     import sys
@@ -164,7 +171,7 @@ def test_the_list_holds_nothing_that_the_checkpoints_do_not(checkpoints):
         import numpy
         import torch
 
-        from mmspatialmamba.engine.safe_globals import allow_training_checkpoints
+        from mmspatialmamba.checkpoint.safe_globals import allow_training_checkpoints
 
         torch.serialization.clear_safe_globals()
         needed = set()
@@ -172,12 +179,9 @@ def test_the_list_holds_nothing_that_the_checkpoints_do_not(checkpoints):
             needed.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         torch.serialization.clear_safe_globals()
         allow_training_checkpoints()
-        names = set()
-        for entry in torch.serialization.get_safe_globals():
-            if isinstance(entry, tuple):
-                names.add(entry[1])
-            elif not issubclass(entry, numpy.dtype) or entry is numpy.dtype:
-                names.add(f'{entry.__module__}.{entry.__qualname__}')
+        names = {name for _, name in torch.serialization.get_safe_globals()}
+        # The types of arrays' elements are checked, but a file does not name them.
+        names -= {f'numpy.dtypes.{name}DType' for name in ('Float32', 'Float64', 'Int64')}
         names.remove('yacs.config.CfgNode')  # of the original release's checkpoints
         other = 'numpy.core.' if numpy.__version__ >= '2' else 'numpy._core.'
         print(sorted(n for n in names if not n.startswith(other)) == sorted(needed), names ^ needed)
@@ -187,8 +191,31 @@ def test_the_list_holds_nothing_that_the_checkpoints_do_not(checkpoints):
     assert result.stdout.startswith('True'), result.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_both_readers_read_the_same(checkpoints, tmp_path, zipped):
+    for path in checkpoints:
+        expected = torch.load(path, weights_only=False)
+        torch.save(expected, tmp_path / path.name, _use_new_zipfile_serialization=zipped)
+        for read in (load_weights_only, load_below_2_6):
+            found = read(tmp_path / path.name, 'cpu')
+            assert list(found) == list(expected)
+            for key in ('state_dict', 'ema_state_dict'):
+                torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+                assert found[key]._metadata == expected[key]._metadata
+            assert repr(found.get('optimizer')) == repr(expected.get('optimizer'))
+            assert repr(found.get('param_schedulers')) == repr(expected.get('param_schedulers'))
+            assert found['meta'] == expected['meta']
+            assert found['message_hub']['runtime_info'] == expected['message_hub']['runtime_info']
+            for name, history in expected['message_hub']['log_scalars'].items():
+                again = found['message_hub']['log_scalars'][name]
+                assert type(again) is HistoryBuffer
+                np.testing.assert_array_equal(again.data, history.data)
+
+
+@READERS
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
-def test_arrays_written_with_numpy_1_and_2_load(tmp_path, module):
+def test_arrays_written_with_numpy_1_and_2_load(tmp_path, module, read):
     allow_training_checkpoints()
     path = tmp_path / 'history.pth'
     state = {'history': HistoryBuffer([1.0, 2.0], [1, 1]), 'best': np.float32(0.5)}
@@ -199,7 +226,7 @@ def test_arrays_written_with_numpy_1_and_2_load(tmp_path, module):
     assert f'c{module}\n_reconstruct\n'.encode() in data
     assert f'c{module}\nscalar\n'.encode() in data
     path.write_bytes(data)
-    loaded = torch.load(path, weights_only=True)
+    loaded = read(path)
     np.testing.assert_array_equal(loaded['history'].data[0], [1.0, 2.0])
     assert loaded['history'].statistics('mean') == 1.5
     assert loaded['best'] == np.float32(0.5)
@@ -222,6 +249,7 @@ class NamedGlobal:
         return HistoryBuffer, (), {'statistics_methods': {'mean': os.system}}
 
 
+@READERS
 @pytest.mark.parametrize(
     ('payload', 'reason'),
     [
@@ -231,14 +259,72 @@ class NamedGlobal:
         (lambda path: Reduced(getattr, HistoryBuffer, 'register_statistics'), 'register_stat'),
         (lambda path: Reduced(getattr, HistoryBuffer.mean, '__globals__'), '__globals__'),
         (lambda path: Reduced(getattr, np.ndarray, 'tofile'), 'tofile'),
+        (lambda path: np.array([1], object), 'ObjectDType|object'),
+        (lambda path: np.zeros(1, [('a', 'i4')]), 'Int32DType|int32'),
+        (lambda path: torch.nn.Linear(1, 1), 'Linear'),
     ],
-    ids=['os.system', 'eval', 'system as statistics', 'getattr', 'globals', 'tofile'],
+    ids=['os.system', 'eval', 'system as statistics', 'getattr', 'globals', 'tofile', 'objects', 'records', 'module'],
 )
-def test_hostile_checkpoints_are_still_refused(tmp_path, payload, reason):
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_hostile_checkpoints_are_still_refused(tmp_path, payload, reason, zipped, read):
     allow_training_checkpoints()
     touched = tmp_path / 'touched'
     path = tmp_path / 'hostile.pth'
-    torch.save({'state_dict': {}, 'message_hub': payload(touched)}, path)
+    contents = {'state_dict': {}, 'message_hub': payload(touched)}
+    torch.save(contents, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError, match=reason):
-        torch.load(path)
+        read(path)
     assert not touched.exists()
+
+
+ONE_CYCLE = b'cmmengine.optim.scheduler.param_scheduler\nOneCycleParamScheduler\n'
+HISTORY = b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
+ORDERED = b'ccollections\nOrderedDict\n'
+
+
+@READERS
+@pytest.mark.parametrize(
+    'program',
+    {
+        'attribute of a class': ONE_CYCLE + b'N}X\x07\x00\x00\x00hostileI01\ns\x86b',
+        'attribute of a function': b'ctorch._utils\n_rebuild_tensor_v2\n}X\x07\x00\x00\x00hostileI01\nsb',
+        'call of what was looked up': (
+            b'c__builtin__\ngetattr\n' + HISTORY + b'X\x03\x00\x00\x00min\x86R' + HISTORY + b')R\x85R'
+        ),
+        'instance of what only is a value': ORDERED + b')R)\x81',
+        'instance, old way': b"(S'touch hostile'\nios\nsystem\n",
+        'instance, other old way': b'(' + ORDERED + b'o',
+        'global of protocol 4': b'\x8c\x02os\x8c\x06system\x93',
+        'global with a dot': HISTORY[:-1] + b'.__init__.__globals__\n',
+        'extension': b'\x82\x01',
+        'reference to source code': (b'(X\x06\x00\x00\x00module' + HISTORY + b'X\x01\x00\x00\x00fX\x01\x00\x00\x00xtQ'),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_hostile_programs_are_refused(tmp_path, monkeypatch, program, read):
+    allow_training_checkpoints()
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile('hostile.pth', 'w') as archive:
+        archive.writestr('hostile/data.pkl', b'\x80\x02' + program[1] + b'.')
+        archive.writestr('hostile/version', '3')
+    with pytest.raises(pickle.UnpicklingError):
+        read('hostile.pth')
+    for found in (torch._utils._rebuild_tensor_v2, HistoryBuffer, HistoryBuffer.min):
+        assert not hasattr(found, 'hostile')
+    assert os.listdir() == ['hostile.pth']
+
+
+@READERS
+def test_archives_of_programs_and_of_files_are_refused(tmp_path, monkeypatch, read):
+    path = tmp_path / 'program.pth'
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(path))
+    run = []
+    monkeypatch.setattr(torch.jit, 'load', lambda *args, **kwargs: run.append(args))
+    with pytest.raises((pickle.UnpicklingError, RuntimeError), match='TorchScript'):
+        read(path)
+    assert run == []
+    with tarfile.open(path, 'w') as archive:
+        for name in ('storages', 'tensors', 'pickle'):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises((pickle.UnpicklingError, RuntimeError), match='tar'):
+        read(path)
