@@ -204,12 +204,13 @@ def launch(task: str, argv: list[str]) -> None:
     if task == 'train' and '--prepare' in argv:
         raise LaunchError('--prepare is for tools/test.py: what prepare_for_cpu makes is for inference alone')
     cfg = load_config(argv[0])
-    script = find_script(find_scope(cfg), task, argv[0])
+    scope = find_scope(cfg)
+    script = find_script(scope, task, argv[0])
     sys.argv = [script, *(argument for argument in argv if argument != '--prepare')]
     args = runpy.run_path(script)['parse_args']()
     check_checkpoints(args)
     cfg.merge_from_dict(args.cfg_options or {})
-    if cfg.get('default_scope') == 'mmdet' and 'pretrained' in cfg.get('model', {}):
+    if scope == 'mmdet' and 'pretrained' in cfg.get('model', {}):
         raise LaunchError(
             f'config {argv[0]} sets model.pretrained, which mmdet does not take: leave it out, and set '
             "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE_OR_URL) to start from weights"

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmspatialmamba.compat import TORCH
 from mmspatialmamba.models import SpatialMamba
 
 WRAPPERS = ['OptimWrapper', 'CPUAmpOptimWrapper']
@@ -170,6 +171,7 @@ def test_another_batch_size_on_resuming_is_warned_of(train, tmp_path, batch_size
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(TORCH < (2, 9), reason='compiled code needs PyTorch 2.9')
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 def test_compiled_training_gives_the_losses_of_eager_training(train, wrapper):
     images = noise((32, 32), (40, 24), (36, 52), (32, 32))

@@ -194,8 +194,9 @@ def test_missing_checkpoint(run_tool, write, args):
 
 
 @pytest.mark.parametrize('pretrained', [None, 'x.pth'])
-def test_mmdet_takes_no_pretrained(run_tool, write, pretrained):
-    path = write(f"default_scope = 'mmdet'\nmodel = dict(pretrained={pretrained!r})")
+@pytest.mark.parametrize(('scope', 'kind'), [('mmdet', 'MaskRCNN'), (None, 'mmdet.models.MaskRCNN')])
+def test_mmdet_takes_no_pretrained(run_tool, write, scope, kind, pretrained):
+    path = write(f'default_scope = {scope!r}\nmodel = dict(type={kind!r}, pretrained={pretrained!r})')
     assert_one_line(run_tool('train', path), str(path), 'model.pretrained', 'set model.backbone.init_cfg=dict(')
 
 
