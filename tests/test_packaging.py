@@ -88,7 +88,8 @@ def test_wheel_has_the_metadata(wheel):
         metadata = message_from_string(archive.read(name).decode())
     assert metadata['Name'] == 'mmspatialmamba'
     assert metadata['Version'] == runpy.run_path(str(REPO / 'mmspatialmamba' / 'version.py'))['__version__']
-    assert metadata['License-Expression'] == 'Apache-2.0' and metadata['License-File'] == 'LICENSE'
+    assert 'License :: OSI Approved :: Apache Software License' in metadata.get_all('Classifier')
+    assert metadata['License-File'] == 'LICENSE'
     assert metadata['Requires-Python'] == '>=3.9'
     assert metadata.get_payload() == (REPO / 'README.md').read_text(encoding='utf-8')
     requirements = metadata.get_all('Requires-Dist')

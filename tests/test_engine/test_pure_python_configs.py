@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from small_runs import TOOLS, check_stderr, dist_train, run_script
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -46,6 +46,7 @@ def test_trains_a_step_and_tests(folder, tmp_path, name, metric):
     checkpoint = work_dir / 'epoch_1.pth'
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     cfg = Config.fromfile(config)
+    init_default_scope(cfg.model.type.__module__.split('.')[0])  # or it would be what a test before this one set
     assert isinstance(model := MODELS.build(cfg.model), cfg.model.type)
     model.load_state_dict(state)
     assert all(value.isfinite().all() for value in state.values())
