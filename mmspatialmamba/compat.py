@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils import flop_counter
 
 TORCH = tuple(int(number) for number in torch.__version__.split('.')[:2])
 if TORCH < (2, 1):
@@ -73,9 +74,13 @@ def _register_autograd(name: str, backward: Callable, *, setup_context: Callable
     _extend(name, Differentiable.apply, 'Autograd')
 
 
-def _register_flop_formula(targets: object) -> Callable:
-    """Before 2.2 PyTorch's counter takes no formulas from others."""
-    return lambda formula: formula
+def register_flop_formula(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
+    """Register an op's formula with ``torch.utils.flop_counter``, which takes formulas from others since 2.2."""
+    if TORCH < (2, 2):
+        return
+    flop_counter.register_flop_formula(op)(formula)
+    # PyTorch 2.4 registers it under the op's overload, and looks for the op.
+    flop_counter.flop_registry.setdefault(op, flop_counter.flop_registry.get(op.default))
 
 
 COMPILES_CONTEXT_VARIABLES = TORCH >= (2, 14)
@@ -85,11 +90,6 @@ LOADS_WEIGHTS_ONLY = TORCH >= (2, 6)
 # These two are private: PyTorch has no public functions that tell (2.1 to 2.14).
 are_transforms_active = torch._C._are_functorch_transforms_active
 has_global_hooks = getattr(nn.modules.module, '_has_any_global_hook', _has_global_hooks)
-
-if TORCH >= (2, 2):
-    from torch.utils.flop_counter import register_flop_formula
-else:
-    register_flop_formula = _register_flop_formula
 
 is_compiling = torch.compiler.is_compiling if TORCH >= (2, 3) else _is_compiling
 

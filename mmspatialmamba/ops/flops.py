@@ -61,7 +61,7 @@ def register_with_torch() -> None:
     for namespace in (getattr(torch.ops, f'mmspatialmamba_{backend}') for backend in _BACKENDS):
         for op in (*FORWARD, *BACKWARD):
             if hasattr(namespace, op):
-                compat.register_flop_formula(getattr(namespace, op))(_torch_formula(op))
+                compat.register_flop_formula(getattr(namespace, op), _torch_formula(op))
 
 
 def _jit_handle(op: str) -> Callable:
