@@ -99,28 +99,22 @@ def test_bfloat16_is_taken_as_a_dtype():
 PREPROCESSOR = dict(type='SelfSupDataPreprocessor', mean=[127.5] * 3, std=[127.5] * 3)
 BACKBONE = dict(type='SpatialMamba', arch=dict(embed_dims=8, depths=(1, 1)), out_indices=(1,), drop_path_rate=0.0)
 NECK = dict(type='NonLinearNeck', in_channels=16, hid_channels=16, out_channels=16, num_layers=2)
+PREDICTOR = dict(NECK, hid_channels=8, with_avg_pool=False)
+HEAD = dict(type='LatentPredictHead', loss=dict(type='CosineSimilarityLoss'), predictor=PREDICTOR)
 ALGORITHMS = {
     'SimSiam': dict(
         type='SimSiam',
         data_preprocessor=PREPROCESSOR,
         backbone=BACKBONE,
         neck=NECK,
-        head=dict(
-            type='LatentPredictHead',
-            loss=dict(type='CosineSimilarityLoss'),
-            predictor=dict(NECK, hid_channels=8, with_avg_pool=False, with_last_bn=False),
-        ),
+        head=dict(HEAD, predictor=dict(PREDICTOR, with_last_bn=False)),
     ),
     'BYOL': dict(
         type='BYOL',
         data_preprocessor=PREPROCESSOR,
         backbone=BACKBONE,
         neck=NECK,
-        head=dict(
-            type='LatentPredictHead',
-            loss=dict(type='CosineSimilarityLoss'),
-            predictor=dict(NECK, hid_channels=8, with_avg_pool=False),
-        ),
+        head=HEAD,
     ),
     'MoCo': dict(
         type='MoCo',
